@@ -1,0 +1,12 @@
+"""FastLM: fused attention, layer norm and softmax cross-entropy for PyTorch, with GPT built on them.
+
+Importing this needs torch and numpy only; it patches nothing and touches no GPU.
+"""
+
+from fastlm import functional
+from fastlm.info import info
+from fastlm.ops.registry import Backend, BackendError, explain, register_backend, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["Backend", "BackendError", "explain", "functional", "info", "register_backend", "use_backend"]

@@ -1,0 +1,547 @@
+"""Scaled dot-product attention on batches and on packed sequences: contract, torch ops, backends."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.attention import reference
+from fastlm.ops.registry import Backend, Op
+
+
+class ScaledDotProductAttentionInputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float
+    window_left: int
+    window_right: int
+    alibi_slopes: Tensor | None
+    softcap: float
+    key_lengths: Tensor | None
+    return_lse: bool
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+class VarlenAttentionInputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    is_causal: bool
+    scale: float
+    window_left: int
+    window_right: int
+    alibi_slopes: Tensor | None
+    softcap: float
+    return_lse: bool
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    key_lengths: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    r"""Attention: softmax over the keys of the scaled products with the query, times the values.
+
+        s_ij   = scale * query_i . key_j,  soft-capped,  - slope * |i + offset - j|,  + attn_mask_ij
+        output = dropout(softmax_j(s)) value
+
+    Query i sits at key position i + offset for causal masks, windows and ALiBi alike: offset is 0 (torch's top-left
+    alignment), or key_lengths - T_q where `key_lengths` is given (the last query at the last filled key). A query that
+    sees no key gives 0, lse -inf and zero gradients.
+
+    Args:
+        query, key, value: (B, H, T_q, D), (B, H_kv, T_k, D), (B, H_kv, T_k, D_v); fp32, bf16, fp16 or fp64, any
+            strides; other ranks and broadcasting batch dimensions as torch takes them.
+        attn_mask: broadcasts to (B, H, T_q, T_k); bool (True takes part) or float (added to the scores). A mask that
+            requires a gradient gets one. May be combined with `is_causal`.
+        dropout_p: probability of dropping a probability, in [0, 1]. Applied whenever it is not 0, as torch does.
+        is_causal: query i sees keys j <= i + offset.
+        scale: None is 1 / sqrt(D).
+        enable_gqa: H may be a multiple of H_kv; each key head serves H / H_kv query heads in a row.
+        window: (left, right): query i sees keys in [i + offset - left, i + offset + right]; -1 is open.
+        alibi_slopes: (H,) or (B, H), in any floating dtype.
+        softcap: c bounds the scaled scores by c * tanh(s / c); 0 for none.
+        key_lengths: (B,) int32, how many keys of a static cache are filled; T_k is the size of the cache.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        (B, H, T_q, D_v) in the dtype of `query`; with `return_lse` (output, lse), lse (B, H, T_q) in fp32 (fp64 for
+        fp64), natural logarithm, not differentiable.
+
+    Raises:
+        RuntimeError: as torch, shapes and dtypes that do not fit. ValueError: the arguments that torch does not have.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762); Dao 2023 (arXiv 2307.08691); Press et al. 2021 (arXiv 2108.12409).
+    """
+    op = "scaled_dot_product_attention"
+    window_left, window_right = _check_options(op, (query, key, value), dropout_p, window, softcap)
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    _check_dense(op, query, key, value, attn_mask, enable_gqa)
+    _check_batch(op, query, key, alibi_slopes, key_lengths, return_lse)
+    shape = None
+    if not query.dim() == key.dim() == value.dim() == 4 or not _same_batch(query, key, value, enable_gqa):
+        query, key, value, attn_mask, shape = _four_dimensions(query, key, value, attn_mask, enable_gqa)
+    scale = _scale(query, scale)
+    inputs = ScaledDotProductAttentionInputs(
+        query, key, value, attn_mask, is_causal, scale, window_left, window_right, alibi_slopes, softcap,
+        key_lengths, return_lse, float(dropout_p), None,
+    )  # fmt: skip
+    result = SCALED_DOT_PRODUCT_ATTENTION.choose(inputs)(*inputs)
+    return result if shape is None or return_lse else result.reshape(shape)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    r"""Attention over sequences of different lengths, packed one after the other without padding.
+
+    As `scaled_dot_product_attention` on each sequence, but aligned at the end: query i of a sequence sits at key
+    position i + T_k - T_q for causal masks, windows and ALiBi alike. Grouped-query attention follows from the shapes.
+
+    Args:
+        query, key, value: (total_q, H, D), (total_k, H_kv, D), (total_k, H_kv, D_v).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each sequence starts; the first is 0, the last the total.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence of each. Checked on a CPU; on a GPU, where that would
+            need a sync, smaller values give wrong results.
+        dropout_p, is_causal, scale, window, softcap, return_lse: as in `scaled_dot_product_attention`.
+        alibi_slopes: (H,) or (B, H).
+
+    Returns:
+        (total_q, H, D_v) in the dtype of `query`; with `return_lse` (output, lse), lse (H, total_q).
+
+    Raises:
+        ValueError: shapes, dtypes, lengths or options that do not fit. TypeError: an argument of the wrong type.
+
+    Source: Dao 2023 (arXiv 2307.08691).
+    """
+    op = "varlen_attention"
+    window_left, window_right = _check_options(op, (query, key, value), dropout_p, window, softcap)
+    query, key, value, _ = _autocast(query, key, value, None)
+    _check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    scale = _scale(query, scale)
+    inputs = VarlenAttentionInputs(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), is_causal, scale,
+        window_left, window_right, alibi_slopes, softcap, return_lse, float(dropout_p), None,
+    )  # fmt: skip
+    return VARLEN_ATTENTION.choose(inputs)(*inputs)
+
+
+# Checks and shapes ------------------------------------------------------------------------------------------------
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return float(scale) if scale is not None else float(max(1, query.shape[-1])) ** -0.5
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """As torch's own op under autocast: everything of floating point in autocast's dtype."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
+    return query, key, value, mask
+
+
+def _check_options(
+    op: str, tensors: tuple[Tensor, ...], dropout_p: float, window: tuple[int, int] | None, softcap: float
+) -> tuple[int, int]:
+    for name, x in zip(("query", "key", "value"), tensors, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        error = RuntimeError if op.startswith("scaled") else ValueError
+        raise error(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if softcap < 0.0:
+        raise ValueError(f"{op}: softcap must be positive, or 0 for none, got {softcap}")
+    if window is None:
+        return -1, -1
+    if len(window) != 2 or any(not isinstance(w, int) or isinstance(w, bool) or w < -1 for w in window):
+        raise ValueError(f"{op}: window must be (left, right), each -1 or more, got {window}")
+    return window
+
+
+def _check_types(op: str, error: type[Exception], query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise error(f"{op}: {name} must be {query.dtype} as query is, got {x.dtype}")
+        if x.device != query.device:
+            raise error(f"{op}: {name} must be on {query.device} as query is, got {x.device}")
+    if not query.is_floating_point():
+        raise error(f"{op}: query, key and value must be floating point, got {query.dtype}")
+
+
+def _check_dense(
+    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> None:
+    _check_types(op, RuntimeError, query, key, value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2:
+            raise RuntimeError(f"{op}: {name} must have at least 2 dimensions (T, D), got shape {tuple(x.shape)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise RuntimeError(f"{op}: key must have head dimension {query.shape[-1]} as query has, got {key.shape[-1]}")
+    if value.shape[-2] != key.shape[-2]:
+        raise RuntimeError(f"{op}: value must have {key.shape[-2]} rows as key has, got {value.shape[-2]}")
+    if enable_gqa:
+        heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
+        if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1]:
+            need = "query's number of heads must be a multiple of key's and value's"
+            raise RuntimeError(f"{op}: {need}, got {heads[0]}, {heads[1]} and {heads[2]}")
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{op}: attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"{op}: attn_mask must be bool, float32 or {query.dtype}, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise RuntimeError(f"{op}: attn_mask must be on {query.device} as query is, got {attn_mask.device}")
+    if attn_mask.dim() < 2:
+        raise IndexError(f"{op}: attn_mask must have at least 2 dimensions (T_q, T_k), got {tuple(attn_mask.shape)}")
+    for size, full_size in zip(attn_mask.shape[-2:], (query.shape[-2], key.shape[-2]), strict=True):
+        if size not in (1, full_size):
+            full = (query.shape[-2], key.shape[-2])
+            raise RuntimeError(
+                f"{op}: attn_mask must broadcast to (..., {full[0]}, {full[1]}), got {tuple(attn_mask.shape)}"
+            )
+
+
+def _check_batch(
+    op: str, query: Tensor, key: Tensor, alibi_slopes: Tensor | None, key_lengths: Tensor | None, return_lse: bool
+) -> None:
+    """Checks what only (B, H, T, D) has."""
+    given = {"alibi_slopes": alibi_slopes is not None, "key_lengths": key_lengths is not None, "return_lse": return_lse}
+    if any(given.values()) and query.dim() != 4:
+        name = next(name for name, present in given.items() if present)
+        raise ValueError(f"{op}: {name} needs query of shape (B, H, T, D), got {tuple(query.shape)}")
+    if alibi_slopes is not None:
+        _check_slopes(op, alibi_slopes, query, query.shape[0], query.shape[1])
+    if key_lengths is None:
+        return
+    if not isinstance(key_lengths, Tensor):
+        raise TypeError(f"{op}: key_lengths must be a Tensor, got {type(key_lengths).__name__}")
+    if key_lengths.dtype not in (torch.int32, torch.int64) or tuple(key_lengths.shape) != (query.shape[0],):
+        got = f"{key_lengths.dtype} of shape {tuple(key_lengths.shape)}"
+        raise ValueError(f"{op}: key_lengths must be int32 of shape ({query.shape[0]},), got {got}")
+    if key_lengths.device != query.device:
+        raise ValueError(f"{op}: key_lengths must be on {query.device} as query is, got {key_lengths.device}")
+
+
+def _check_slopes(op: str, slopes: Tensor, query: Tensor, batch: int, heads: int) -> None:
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"{op}: alibi_slopes must be a Tensor, got {type(slopes).__name__}")
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)) or not slopes.is_floating_point():
+        got = f"{slopes.dtype} of shape {tuple(slopes.shape)}"
+        raise ValueError(
+            f"{op}: alibi_slopes must be floating point of shape ({heads},) or ({batch}, {heads}), got {got}"
+        )
+    if slopes.device != query.device:
+        raise ValueError(f"{op}: alibi_slopes must be on {query.device} as query is, got {slopes.device}")
+
+
+def _check_packed(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+) -> None:
+    _check_types(op, ValueError, query, key, value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 3:
+            raise ValueError(f"{op}: {name} must have shape (total, H, D), got {tuple(x.shape)}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{op}: key must have head dimension {query.shape[-1]} as query has, got {key.shape[-1]}")
+    if value.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"{op}: value must have shape {tuple(key.shape[:2])} before D as key, got {tuple(value.shape[:2])}"
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        need = "query's number of heads must be a multiple of key's"
+        raise ValueError(f"{op}: {need}, got {query.shape[1]} and {key.shape[1]}")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(cu).__name__}")
+        if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must be int32 of shape (B + 1,), got {cu.dtype} of shape {tuple(cu.shape)}")
+        if cu.device != query.device:
+            raise ValueError(f"{op}: {name} must be on {query.device} as query is, got {cu.device}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        got = f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must have one length, got {got}")
+    if alibi_slopes is not None:
+        _check_slopes(op, alibi_slopes, query, cu_seqlens_q.shape[0] - 1, query.shape[1])
+
+
+def _check_lengths(inputs: VarlenAttentionInputs) -> None:
+    """Checks the values of cu_seqlens on a CPU, where looking at them costs no sync."""
+    for side, x, longest in (("q", inputs.query, inputs.max_seqlen_q), ("k", inputs.key, inputs.max_seqlen_k)):
+        cu = inputs.cu_seqlens_q if side == "q" else inputs.cu_seqlens_k
+        if cu.device.type != "cpu":
+            return
+        ends = cu.tolist()
+        lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+        if ends[0] != 0 or ends[-1] != x.shape[0] or min(lengths, default=0) < 0:
+            need = (
+                f"cu_seqlens_{side} must rise from 0 to {x.shape[0]}, the rows of {'query' if side == 'q' else 'key'}"
+            )
+            raise ValueError(f"varlen_attention: {need}, got {ends if len(ends) < 9 else [*ends[:4], '...', ends[-1]]}")
+        if max(lengths, default=0) > longest:
+            need = f"max_seqlen_{side} must be at least the longest sequence, {max(lengths)}"
+            raise ValueError(f"varlen_attention: {need}, got {longest}")
+
+
+def _same_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    return (
+        query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1]
+        and (enable_gqa or query.shape[1] == key.shape[1])
+    )
+
+
+def _four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
+    """Any ranks and broadcasting batch dimensions as (B, H, T, D), and the shape that the output is to have."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    heads = 1 if enable_gqa else 0  # dimensions before (T, D) that need not broadcast
+    lead = torch.broadcast_shapes(*(x.shape[: x.dim() - 2 - heads] for x in (query, key, value)))
+    full = lead + query.shape[query.dim() - 2 - heads : query.dim() - 2]
+
+    def merged(x: Tensor, own: torch.Size) -> Tensor:
+        x = x.expand(lead + own + x.shape[-2:])
+        while x.dim() < 4:
+            x = x.unsqueeze(0)
+        return x.flatten(0, x.dim() - 4)
+
+    four = [merged(x, x.shape[x.dim() - 2 - heads : x.dim() - 2]) for x in (query, key, value)]
+    if attn_mask is not None:
+        attn_mask = merged(attn_mask.expand(*attn_mask.shape[:-2], queries, keys), full[len(lead) :])
+    return four[0], four[1], four[2], attn_mask, full + torch.Size((queries, value.shape[-1]))
+
+
+# Torch ops ------------------------------------------------------------------------------------------------------
+
+
+def _wide_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _fake_dense(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=_wide_dtype(query))
+    return query.new_empty((*query.shape[:3], value.shape[3])), lse
+
+
+def _fake_packed(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_wide_dtype(query))
+    return query.new_empty((*query.shape[:2], value.shape[2])), lse
+
+
+def _result(outputs: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> Any:
+    return_lse = inputs[-3]
+    return outputs if return_lse else outputs[0]
+
+
+def _composite(*inputs: Any) -> Any:
+    output, lse = reference.scaled_dot_product_attention_fwd(*inputs)
+    return _result((output, lse.detach()), inputs)
+
+
+def _packed_composite(*inputs: Any) -> Any:
+    output, lse = reference.varlen_attention_fwd(*inputs)
+    return _result((output, lse.detach()), inputs)
+
+
+def _beyond_bwd(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+    slopes = inputs.alibi_slopes
+    wanted = slopes is not None and slopes.requires_grad and torch.is_grad_enabled()
+    return ["gives no gradient of alibi_slopes"] if wanted else []
+
+
+SCALED_DOT_PRODUCT_ATTENTION = Op(
+    "scaled_dot_product_attention",
+    inputs=ScaledDotProductAttentionInputs,
+    fwd="(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, SymInt window_left,"
+    " SymInt window_right, Tensor? alibi_slopes, float softcap, Tensor? key_lengths, bool return_lse,"
+    " float dropout_p, Tensor? rng_state, str backend) -> (Tensor output, Tensor lse)",
+    bwd="(Tensor? grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes,"
+    " Tensor? key_lengths, Tensor? rng_state, Tensor output, Tensor lse, bool is_causal, float scale,"
+    " SymInt window_left, SymInt window_right, float softcap, float dropout_p, bool[] needs_grad, str backend)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask)",
+    fake_fwd=_fake_dense,
+    result=_result,
+    composite=_composite,
+    auto=("native", "reference"),
+    fusable=False,
+    draws=True,
+    beyond_bwd=_beyond_bwd,
+)
+
+VARLEN_ATTENTION = Op(
+    "varlen_attention",
+    inputs=VarlenAttentionInputs,
+    fwd="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, bool is_causal, float scale, SymInt window_left, SymInt window_right,"
+    " Tensor? alibi_slopes, float softcap, bool return_lse, float dropout_p, Tensor? rng_state, str backend)"
+    " -> (Tensor output, Tensor lse)",
+    bwd="(Tensor? grad_output, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    " Tensor? alibi_slopes, Tensor? rng_state, Tensor output, Tensor lse, SymInt max_seqlen_q, SymInt max_seqlen_k,"
+    " bool is_causal, float scale, SymInt window_left, SymInt window_right, float softcap, float dropout_p,"
+    " bool[] needs_grad, str backend) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    fake_fwd=_fake_packed,
+    result=_result,
+    composite=_packed_composite,
+    auto=("native", "reference"),
+    fusable=False,
+    draws=True,
+    beyond_bwd=_beyond_bwd,
+)
+
+
+# Backends: torch's own operations, and the reference --------------------------------------------------------------
+
+
+def _native_mask(inputs: ScaledDotProductAttentionInputs) -> Tensor | None:
+    """One mask for everything that torch's op takes only as a mask; None if there is no such thing."""
+    query, key, mask, lengths = inputs.query, inputs.key, inputs.attn_mask, inputs.key_lengths
+    plain = inputs.window_left < 0 and inputs.window_right < 0 and inputs.alibi_slopes is None and lengths is None
+    if plain and not (mask is not None and inputs.is_causal):
+        return mask
+    queries, keys = query.shape[2], key.shape[2]
+    offset: Tensor | int = 0 if lengths is None else (lengths.long() - queries)[:, None, None, None]
+    seen = reference.visible(
+        queries, keys, offset, inputs.is_causal, inputs.window_left, inputs.window_right, query.device
+    )
+    filled = None if lengths is None else torch.arange(keys, device=query.device) < lengths[:, None, None, None]
+    boolean = mask if mask is not None and mask.dtype == torch.bool else None
+    allowed = [x for x in (seen, filled, boolean) if x is not None]
+    if not allowed and inputs.alibi_slopes is None:
+        return mask
+    biases = [] if mask is None or mask is boolean else [mask]
+    if inputs.alibi_slopes is not None:
+        biases.append(reference.alibi(inputs.alibi_slopes.to(_wide_dtype(query)), queries, keys, offset))
+    if not biases:
+        return _all(allowed)
+    bias = sum(biases[1:], biases[0])
+    return bias.masked_fill(~_all(allowed), float("-inf")) if allowed else bias
+
+
+def _all(masks: list[Tensor]) -> Tensor:
+    result = masks[0]
+    for mask in masks[1:]:
+        result = result & mask
+    return result
+
+
+def _native_attention(*args: Any) -> Tensor:
+    inputs = ScaledDotProductAttentionInputs(*args)
+    mask = _native_mask(inputs)
+    return torch.nn.functional.scaled_dot_product_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        mask,
+        inputs.dropout_p,
+        inputs.is_causal and mask is None,
+        scale=inputs.scale,
+        enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
+    )
+
+
+def _native_varlen(*args: Any) -> Tensor:
+    """Torch's op on one sequence after another."""
+    inputs = VarlenAttentionInputs(*args)
+    _check_lengths(inputs)
+    outputs = []
+    ends = zip(inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist(), strict=True)
+    previous = next(ends)
+    for sequence, current in enumerate(ends):
+        q = inputs.query[previous[0] : current[0]].transpose(0, 1)[None]
+        k, v = (x[previous[1] : current[1]].transpose(0, 1)[None] for x in (inputs.key, inputs.value))
+        previous = current
+        slopes, lengths = inputs.alibi_slopes, None
+        slopes = slopes[sequence] if slopes is not None and slopes.dim() == 2 else slopes
+        if q.shape[2] != k.shape[2]:
+            lengths = torch.tensor([k.shape[2]], device=q.device)
+        output = _native_attention(
+            q, k, v, None, inputs.is_causal, inputs.scale, inputs.window_left, inputs.window_right, slopes,
+            inputs.softcap, lengths, False, inputs.dropout_p, None,
+        )  # fmt: skip
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else inputs.query.new_empty((*inputs.query.shape[:2], inputs.value.shape[2]))
+
+
+def _native_lacks(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+    lacking = {"softcap": inputs.softcap, "log-sum-exp output": inputs.return_lse}
+    return [f"torch's scaled_dot_product_attention has no {name}" for name, value in lacking.items() if value]
+
+
+def _native_reasons(inputs: ScaledDotProductAttentionInputs) -> list[str]:
+    reasons = _native_lacks(inputs)
+    hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
+    if hides and inputs.query.device.type != "cpu":
+        reasons.append(f"torch does not promise 0 for queries without a key on {inputs.query.device.type}")
+    return reasons
+
+
+def _native_varlen_reasons(inputs: VarlenAttentionInputs) -> list[str]:
+    reasons = _native_lacks(inputs)
+    if inputs.query.device.type != "cpu" or torch.compiler.is_compiling():
+        reasons.append("going through the sequences one by one needs their lengths on the host")
+    return reasons
+
+
+def _reference_varlen_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_lengths(VarlenAttentionInputs(*args))
+    return reference.varlen_attention_fwd(*args)
+
+
+SCALED_DOT_PRODUCT_ATTENTION.register(Backend("native", reasons=_native_reasons, call=_native_attention))
+SCALED_DOT_PRODUCT_ATTENTION.register(
+    Backend(
+        "reference",
+        fwd=reference.scaled_dot_product_attention_fwd,
+        bwd=reference.scaled_dot_product_attention_bwd,
+    )
+)
+VARLEN_ATTENTION.register(Backend("native", reasons=_native_varlen_reasons, call=_native_varlen))
+VARLEN_ATTENTION.register(Backend("reference", fwd=_reference_varlen_fwd, bwd=reference.varlen_attention_bwd))

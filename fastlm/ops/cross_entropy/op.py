@@ -1,0 +1,414 @@
+"""Softmax cross-entropy, of logits and fused with the linear layer before it: contract, torch ops, backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.cross_entropy import reference
+from fastlm.ops.registry import Backend, Op
+
+
+class CrossEntropyInputs(NamedTuple):
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+
+class LinearCrossEntropyInputs(NamedTuple):
+    input: Tensor
+    linear_weight: Tensor
+    target: Tensor
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    needs_grad: Sequence[bool]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Softmax cross-entropy between logits and class indices or probabilities.
+
+        x    = softcap * tanh(input / softcap)                   (x = input without a soft cap)
+        lse  = log(sum_c exp(x_c))
+        loss = sum_c q_c * (lse - x_c) + z_loss * lse^2
+
+    q is the target distribution, (1 - label_smoothing) * onehot(target) + label_smoothing / C, with the class weights
+    multiplied in as torch does. Arithmetic is in fp32 (fp64 for fp64).
+
+    Args:
+        input: (C,), (N, C) or (N, C, d1, ...) logits; fp32, bf16, fp16 or fp64, any strides.
+        target: class indices () , (N,) or (N, d1, ...) int64 or uint8; or probabilities with the shape of `input`.
+        weight: (C,) weight of each class, in the dtype of `input`.
+        ignore_index: index that contributes neither loss nor gradient.
+        reduction: "none", "mean" (over the weights of the targets that are not ignored; nan if there are none), "sum".
+        label_smoothing: in [0, 1].
+        z_loss: factor of lse^2, averaged over the rows that are not ignored, whatever the class weights.
+        softcap: bound of the logits; 0 for none.
+        inplace_backward: backward may overwrite `input` with its gradient. An operation that has kept `input` for its
+            own backward then raises torch's "modified by an inplace operation"; a leaf is refused. Ignored by
+            compilers, which plan memory themselves.
+
+    Returns:
+        () or, for "none", the shape of the class indices, in the dtype of `input`; fp32 under autocast.
+
+    Raises:
+        RuntimeError, ValueError, IndexError: as torch's `cross_entropy`. IndexError for a target out of range on a CPU;
+        on CUDA it is a device-side assertion.
+
+    Source: de Brébisson and Vincent 2016 (arXiv 1604.08859) for z_loss; Gemma Team 2024 (arXiv 2408.00118) for softcap.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"cross_entropy: input must be a Tensor, got {type(input).__name__}")
+    options = (reduction, label_smoothing, z_loss, softcap)
+    _check("cross_entropy", input, input.shape, target, weight, ignore_index, *options)
+    if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.bfloat16, torch.float16):
+        input = input.float()
+    if inplace_backward and input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        input = _overwritten(input)
+    inputs = CrossEntropyInputs(input, target, weight, ignore_index, *options)
+    return CROSS_ENTROPY.choose(inputs)(*inputs)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)` without ever forming the logits in full.
+
+    The rows are taken in chunks; "mean" and "sum" form the gradients in the forward pass, the weight's summed in fp32.
+
+    Args:
+        input: (in_features,) or (N, in_features) hidden states.
+        linear_weight: (C, in_features), or (C, d1, ..., in_features) for a loss over (N, C, d1, ...) logits.
+        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`;
+            `ignore_index=None` is -100.
+        linear_bias: (C,) or (C, d1, ...), in the dtype of `linear_weight`.
+
+    Returns, raises: as `cross_entropy`; RuntimeError as torch's `linear_cross_entropy` for shapes that do not fit.
+
+    Source: Hsu et al. 2024 (arXiv 2410.10989); Wijmans et al. 2024 (arXiv 2411.09009).
+    """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    shape = _check_linear(input, linear_weight, linear_bias)
+    options = (reduction, label_smoothing, z_loss, softcap)
+    _check("linear_cross_entropy", input, shape, target, weight, ignore_index, *options)
+    if linear_weight.dim() > 2:  # (C, d1, ..., in_features): classes are not the rows of one matrix
+        flat_bias = None if linear_bias is None else linear_bias.flatten()
+        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), flat_bias).reshape(shape)
+        return cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+        )
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    grad = torch.is_grad_enabled()
+    needs_grad = [grad and x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)]
+    inputs = LinearCrossEntropyInputs(
+        input, linear_weight, target, linear_bias, weight, ignore_index, *options, needs_grad
+    )
+    return LINEAR_CROSS_ENTROPY.choose(inputs)(*inputs)
+
+
+class _Overwrite(torch.autograd.Function):
+    """Identity whose gradient takes the place of its input's values."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (input,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy: inplace_backward does not go with create_graph=True")
+        return input.detach().copy_(grads[0])
+
+
+def _overwritten(input: Tensor) -> Tensor:
+    if input.is_leaf:
+        raise RuntimeError("cross_entropy: inplace_backward needs logits that were computed, got a leaf")
+    if any(size > 1 and stride == 0 for size, stride in zip(input.shape, input.stride(), strict=True)):
+        raise RuntimeError(
+            "cross_entropy: inplace_backward needs logits with memory of their own, got an expanded tensor"
+        )
+    return _Overwrite.apply(input)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    op: str,
+    input: Tensor,
+    shape: Sequence[int],
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    """Checks everything about logits of this shape, in the dtype and on the device of `input`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"{op}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if softcap < 0.0:
+        raise ValueError(f"{op}: softcap must be positive, or 0 for none, got {softcap}")
+    if target.device != input.device:
+        raise RuntimeError(f"{op}: target must be on {input.device} as input is, got {target.device}")
+    shape = tuple(shape)
+    if not shape:
+        raise RuntimeError(f"{op}: input must have a dimension of classes, got a scalar")
+    dim = min(1, len(shape) - 1)
+    classes, rows = shape[dim], shape[:dim] + shape[dim + 1 :]
+    if tuple(target.shape) == shape:
+        if not target.is_floating_point():
+            raise RuntimeError(f"{op}: target with the shape of the logits must be probabilities, got {target.dtype}")
+        if ignore_index >= 0:
+            raise RuntimeError(f"{op}: ignore_index must not be given for probabilities, got {ignore_index}")
+    elif tuple(target.shape) != rows:
+        error = ValueError if rows and target.dim() and target.shape[0] != rows[0] else RuntimeError
+        raise error(f"{op}: target must have shape {rows} or {shape} for logits {shape}, got {tuple(target.shape)}")
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"{op}: target must be int64 or uint8 class indices, got {target.dtype}")
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight must be a Tensor or None, got {type(weight).__name__}")
+    if tuple(weight.shape) != (classes,):
+        raise RuntimeError(f"{op}: weight must have shape {(classes,)}, one per class, got {tuple(weight.shape)}")
+    if weight.dtype != input.dtype:
+        raise RuntimeError(f"{op}: weight must be {input.dtype} as input is, got {weight.dtype}")
+    if weight.device != input.device:
+        raise RuntimeError(f"{op}: weight must be on {input.device} as input is, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
+        raise RuntimeError(f"{op}: weight must not require a gradient with class indices")
+
+
+def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[int, ...]:
+    """The shape of the logits."""
+    op = "linear_cross_entropy"
+    for name, x in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(x, Tensor) and not (name == "linear_bias" and x is None):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"{op}: input must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        need = f"(C, {input.shape[-1]}) or (C, d1, ..., {input.shape[-1]})"
+        raise RuntimeError(f"{op}: linear_weight must have shape {need}, got {tuple(linear_weight.shape)}")
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(f"{op}: input must have 2 dimensions with linear_weight {tuple(linear_weight.shape)}, got 1")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        shape = tuple(linear_weight.shape[:-1])
+        raise RuntimeError(f"{op}: linear_bias must have shape {shape}, got {tuple(linear_bias.shape)}")
+    for name, x in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if x is not None and x.device != input.device:
+            raise RuntimeError(f"{op}: {name} must be on {input.device} as input is, got {x.device}")
+        if x is not None and x.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise RuntimeError(f"{op}: {name} must be {input.dtype} as input is, got {x.dtype}")
+    return (*input.shape[:-1], *linear_weight.shape[:-1])
+
+
+def _check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """On a CPU, where looking at values costs no sync; on a GPU the gather asserts."""
+    if target.device.type == "cpu" and not target.is_floating_point():
+        bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        if bad.any():
+            need = f"in [0, {classes}) or ignore_index {ignore_index}"
+            raise IndexError(f"{op}: target must be {need}, got {target[bad][0].item()}")
+
+
+# Torch ops ------------------------------------------------------------------------------------------------------
+
+
+def _wide_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _fake_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, *_: Any
+) -> tuple[Tensor, Tensor]:
+    dim, dtype = min(1, input.dim() - 1), _wide_dtype(input)
+    rows = input.shape[:dim] + input.shape[dim + 1 :]
+    loss = input.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    return loss, input.new_empty(math.prod(rows), dtype=dtype)
+
+
+def _fake_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
+    inputs = LinearCrossEntropyInputs(*args[:-1])
+    input, dtype = inputs.input, _wide_dtype(inputs.input)
+    mean_or_sum, rows = inputs.reduction != "none", input.shape[:-1]
+    loss = input.new_empty(() if mean_or_sum else rows, dtype=dtype)
+    likes = ((input, input.dtype), (inputs.linear_weight, dtype), (inputs.linear_bias, dtype))
+    unscaled = [
+        input.new_empty(0) if like is None or not (needed and mean_or_sum) else input.new_empty(like.shape, dtype=kind)
+        for (like, kind), needed in zip(likes, inputs.needs_grad, strict=True)
+    ]
+    return loss, input.new_empty(math.prod(rows), dtype=dtype), *unscaled, input.new_empty((), dtype=dtype)
+
+
+def _public_loss(outputs: tuple[Tensor, ...], inputs: Any) -> Tensor:
+    """The loss in the dtype that torch gives it."""
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        return outputs[0]
+    target = CrossEntropyInputs._make(inputs).target if len(inputs) == 8 else inputs[2]
+    dtype = inputs[0].dtype
+    return outputs[0].to(torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype)
+
+
+def _beyond_bwd(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> list[str]:
+    if not torch.is_grad_enabled():
+        return []
+    wanted = {"target": inputs.target, "weight": inputs.weight}
+    return [f"gives no gradient of {name}" for name, x in wanted.items() if x is not None and x.requires_grad]
+
+
+def _composite(*inputs: Any) -> Tensor:
+    return _public_loss(reference.cross_entropy_fwd(*inputs), inputs)
+
+
+def _linear_composite(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *options: Any
+) -> Tensor:
+    return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-1])
+
+
+CROSS_ENTROPY = Op(
+    "cross_entropy",
+    inputs=CrossEntropyInputs,
+    fwd="(Tensor input, Tensor target, Tensor? weight, SymInt ignore_index, str reduction, float label_smoothing,"
+    " float z_loss, float softcap, str backend) -> (Tensor loss, Tensor lse)",
+    bwd="(Tensor? grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor lse, SymInt ignore_index,"
+    " str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad, str backend)"
+    " -> Tensor grad_input",
+    fake_fwd=_fake_cross_entropy,
+    result=_public_loss,
+    composite=_composite,
+    auto=("native", "reference"),
+    fusable=True,
+    beyond_bwd=_beyond_bwd,
+)
+
+LINEAR_CROSS_ENTROPY = Op(
+    "linear_cross_entropy",
+    inputs=LinearCrossEntropyInputs,
+    fwd="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, SymInt ignore_index,"
+    " str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad, str backend)"
+    " -> (Tensor loss, Tensor lse, Tensor unscaled_input, Tensor unscaled_weight, Tensor unscaled_bias,"
+    " Tensor divisor)",
+    bwd="(Tensor? grad_loss, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight,"
+    " Tensor lse, Tensor unscaled_input, Tensor unscaled_weight, Tensor unscaled_bias, Tensor divisor,"
+    " SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad,"
+    " str backend) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
+    fake_fwd=_fake_linear_cross_entropy,
+    result=_public_loss,
+    composite=_linear_composite,
+    auto=("reference", "native"),  # the reference never holds the logits, and is measured no slower
+    fusable=False,
+    beyond_bwd=_beyond_bwd,
+)
+
+
+# Backends: torch's own operations, and the reference --------------------------------------------------------------
+
+
+def _native_reasons(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> list[str]:
+    lacking = {"z_loss": inputs.z_loss, "softcap": inputs.softcap}
+    return [f"torch's cross_entropy has no {name}" for name, value in lacking.items() if value]
+
+
+def _native_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def _native_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *options: Any
+) -> Tensor:
+    return _native_cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-1])
+
+
+def _reference_cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs = CrossEntropyInputs(*args)
+    _check_range(
+        "cross_entropy", inputs.target, inputs.input.shape[min(1, inputs.input.dim() - 1)], inputs.ignore_index
+    )
+    return reference.cross_entropy_fwd(*args)
+
+
+def _reference_linear_cross_entropy_fwd(*args: Any) -> tuple[Tensor, ...]:
+    inputs = LinearCrossEntropyInputs(*args)
+    _check_range("linear_cross_entropy", inputs.target, len(inputs.linear_weight), inputs.ignore_index)
+    return reference.linear_cross_entropy_fwd(*args)
+
+
+def _copies(inputs: CrossEntropyInputs) -> list[str]:
+    return ["input: class dimension moved last"] if inputs.input.dim() > 2 else []
+
+
+CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_cross_entropy))
+CROSS_ENTROPY.register(
+    Backend("reference", fwd=_reference_cross_entropy_fwd, bwd=reference.cross_entropy_bwd, copies=_copies)
+)
+LINEAR_CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_linear_cross_entropy))
+LINEAR_CROSS_ENTROPY.register(
+    Backend("reference", fwd=_reference_linear_cross_entropy_fwd, bwd=reference.linear_cross_entropy_bwd)
+)

@@ -1,0 +1,312 @@
+"""Softmax cross-entropy, of logits and of a linear layer, in plain torch with backward written out.
+
+Logits are seen as rows x classes, in fp32 (fp64 for fp64). With x the logits after the soft cap s * tanh(x / s), the
+softmax p = exp(x - lse), and q the target distribution (1 - label_smoothing) * onehot(target) + label_smoothing / C
+times the class weights (the target's weight in the first term, each class's in the second):
+
+    loss     = lse * sum(q) - sum(q * x) + z_loss * lse^2
+    dloss/dx = p * (sum(q) + 2 * z_loss * lse) - q
+
+Rows whose target is `ignore_index` give 0 and no gradient. The mean divides the first part by the sum of the targets'
+weights (by the number of rows for probabilities), the z part by the number of rows that are not ignored.
+
+`linear_cross_entropy` goes through the rows in chunks, so that the logits never exist in full. For "mean" and "sum" it
+forms the gradients chunk by chunk in the forward pass, and backward only scales them; for "none", whose upstream
+gradient differs by row, backward forms the logits again from lse.
+
+Source: Szegedy et al. 2015 (arXiv 1512.00567) for label smoothing; de Brébisson and Vincent 2016 (arXiv 1604.08859) for
+z_loss; Gemma Team 2024 (arXiv 2408.00118) for the soft cap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 2**26  # of one chunk's logits: few, large chunks keep the matrix products efficient
+BLOCK_ELEMENTS = 2**18  # of the logits that a CPU goes through at a time, so that they stay in its cache
+
+
+class Targets(NamedTuple):
+    """What the rows are compared with, and how much each counts."""
+
+    rows: Tensor  # (rows, 1) int64 classes, 0 where ignored; or (rows, classes) probabilities
+    valid: Tensor  # (rows, 1) bool, False where ignored
+    row_weight: Tensor  # (rows, 1) class weight of the row's target, 0 where ignored; 1 with probabilities
+    weight: Tensor | None  # (classes,)
+    label_smoothing: float
+
+    def at(self, rows: slice) -> Targets:
+        return Targets(self.rows[rows], self.valid[rows], self.row_weight[rows], self.weight, self.label_smoothing)
+
+
+def cross_entropy_fwd(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """-> loss in fp32 or fp64, lse (rows,)."""
+    x = _capped(_class_rows(input), softcap)
+    targets = _targets(_target_rows(target), weight, ignore_index, label_smoothing, x.dtype)
+    lse = torch.logsumexp(x, -1, keepdim=True)
+    loss = _reduced(*_row_losses(x, lse, targets, z_loss), targets, reduction)
+    return loss.reshape(_loss_shape(input, reduction)), lse[:, 0].clone()
+
+
+def cross_entropy_bwd(
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_grad: Sequence[bool],
+) -> Tensor:
+    """-> gradient of input."""
+    x = _capped(_class_rows(input), softcap)
+    targets = _targets(_target_rows(target), weight, ignore_index, label_smoothing, x.dtype)
+    lse = torch.logsumexp(x, -1, keepdim=True) if lse is None else lse[:, None]
+    divisor, z_divisor = _divisors(targets, reduction)
+    upstream = grad_loss.to(x.dtype).reshape(-1, 1)
+    grad = _logit_gradient(x, lse, targets, upstream / divisor, upstream / z_divisor * z_loss, softcap)
+    classes_last = grad.reshape(*_loss_shape(input, "none"), x.shape[-1])
+    return classes_last.movedim(-1, _class_dim(input)).to(input.dtype, memory_format=torch.contiguous_format)
+
+
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss in fp32 or fp64, lse (rows,), unscaled gradients of input, linear_weight and linear_bias, their divisor.
+
+    The gradients are empty where not needed and for "none"; those of the parameters are sums in fp32.
+    """
+    x = input.reshape(-1, input.shape[-1])
+    dtype = _wide_dtype(x)
+    targets = _targets(target.reshape(len(x), -1), weight, ignore_index, label_smoothing, dtype)
+    lse, losses, z_losses = (x.new_empty((len(x), 1), dtype=dtype) for _ in range(3))
+    divisor, z_divisor = _divisors(targets, reduction)
+    z_scale = divisor / z_divisor * z_loss
+    sums = _GradientSums(x, linear_weight, linear_bias, needs_grad if reduction != "none" else (False,) * 3)
+    for rows, logits in _chunks(x, linear_weight, linear_bias):
+        for block in _blocks(rows, logits):
+            part = logits[block.start - rows.start : block.stop - rows.start]
+            capped = _capped(_wide(part), softcap)
+            lse[block] = torch.logsumexp(capped, -1, keepdim=True)
+            losses[block], z_losses[block] = _row_losses(capped, lse[block], targets.at(block), z_loss)
+            if sums.needed:
+                part.copy_(_logit_gradient(capped, lse[block], targets.at(block), 1.0, z_scale, softcap))
+        sums.add(rows, logits)
+    loss = _reduced(losses, z_losses, targets, reduction).reshape(_loss_shape(input, reduction))
+    return loss, lse[:, 0].clone(), sums.input, sums.weight, sums.bias, divisor.clone()
+
+
+def linear_cross_entropy_bwd(
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    unscaled_input: Tensor,
+    unscaled_weight: Tensor,
+    unscaled_bias: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """-> gradients of input, linear_weight and linear_bias; empty where not needed."""
+    if lse is None:  # double backward: through the logits in full
+        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+        grad = cross_entropy_bwd(
+            grad_loss, logits, target, weight, None, ignore_index, reduction, label_smoothing, z_loss, softcap, (True,)
+        )
+        flat = grad.reshape(-1, grad.shape[-1])
+        return grad @ linear_weight, flat.T @ input.reshape(-1, input.shape[-1]), flat.sum(0)
+    if reduction == "none":
+        x = input.reshape(-1, input.shape[-1])
+        targets = _targets(target.reshape(len(x), -1), weight, ignore_index, label_smoothing, lse.dtype)
+        upstream = grad_loss.to(lse.dtype).reshape(-1, 1)
+        sums = _GradientSums(x, linear_weight, linear_bias, needs_grad)
+        for rows, logits in _chunks(x, linear_weight, linear_bias):
+            for block in _blocks(rows, logits):
+                part, scale = logits[block.start - rows.start : block.stop - rows.start], upstream[block]
+                capped = _capped(_wide(part), softcap)
+                part.copy_(_logit_gradient(capped, lse[block, None], targets.at(block), scale, scale * z_loss, softcap))
+            sums.add(rows, logits)
+        grads = [sums.input, sums.weight, sums.bias]
+    else:
+        scale = grad_loss.to(divisor.dtype) / divisor
+        grads = [unscaled * scale for unscaled in (unscaled_input, unscaled_weight, unscaled_bias)]
+    return tuple(
+        input.new_empty(0) if like is None or not needed else grad.reshape(like.shape).to(like.dtype)
+        for grad, like, needed in zip(grads, (input, linear_weight, linear_bias), needs_grad, strict=True)
+    )
+
+
+class _GradientSums:
+    """The gradients of a linear layer, chunk by chunk of its output's: those of the parameters summed in fp32."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: Sequence[bool]) -> None:
+        self.x, self.linear_weight, self.needs_grad = x, weight, needs_grad
+        self.needed = any(needs_grad)
+        dtype, empty = _wide_dtype(x), x.new_empty(0)
+        self.input = torch.empty_like(x) if needs_grad[0] else empty
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else empty.clone()
+        self.bias = x.new_zeros(len(weight), dtype=dtype) if needs_grad[2] else empty.clone()
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        if self.needs_grad[0]:
+            torch.mm(grad, self.linear_weight, out=self.input[rows])
+        if self.needs_grad[1]:
+            if grad.dtype == self.weight.dtype:
+                self.weight.addmm_(grad.T, self.x[rows])
+            else:
+                self.weight.add_(grad.T @ self.x[rows])
+        if self.needs_grad[2]:
+            self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
+
+
+def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows with their logits, which live in one workspace."""
+    count = -(-len(x) * len(weight) * x.element_size() // CHUNK_BYTES)
+    size = max(1, -(-len(x) // max(1, count)))
+    workspace = x.new_empty((min(size, len(x)), len(weight)))
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        logits = torch.mm(x[rows], weight.T, out=workspace[: rows.stop - start])
+        yield rows, logits if bias is None else logits.add_(bias)
+
+
+def _blocks(rows: slice, logits: Tensor) -> Iterator[slice]:
+    size = max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))
+
+
+def _targets(target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float, dtype: torch.dtype) -> Targets:
+    """From (rows, 1) class indices or (rows, classes) probabilities."""
+    weight = None if weight is None else weight.to(dtype)
+    if target.is_floating_point():
+        valid = torch.ones_like(target[:, :1], dtype=torch.bool)
+        return Targets(target.to(dtype), valid, valid.to(dtype), weight, smoothing)
+    target = target.long()
+    valid = target != ignore_index
+    target = torch.where(valid, target, 0)
+    row_weight = valid.to(dtype) if weight is None else torch.where(valid, weight[target], 0.0)
+    return Targets(target, valid, row_weight, weight, smoothing)
+
+
+def _row_losses(x: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Each row's cross-entropy and its z part, both (rows, 1)."""
+    epsilon, weight = targets.label_smoothing, targets.weight
+    if targets.rows.is_floating_point():
+        loss = ((lse - x) * _distribution(targets)).sum(-1, keepdim=True)
+    else:
+        loss = (lse - x.gather(1, targets.rows)) * targets.row_weight
+        if epsilon:
+            every = lse - x if weight is None else (lse - x) * weight
+            loss = (1 - epsilon) * loss + epsilon / x.shape[-1] * every.sum(-1, keepdim=True)
+    return torch.where(targets.valid, loss, 0.0), torch.where(targets.valid, z_loss * lse.square(), 0.0)
+
+
+def _logit_gradient(
+    x: Tensor, lse: Tensor, targets: Targets, scale: Tensor | float, z_scale: Tensor | float, softcap: float
+) -> Tensor:
+    """scale * d(cross-entropy)/d(logits) + z_scale * d(lse^2)/d(logits), before the soft cap; (rows, classes)."""
+    epsilon, weight = targets.label_smoothing, targets.weight
+    p = (x - lse).exp()
+    if targets.rows.is_floating_point():
+        q = _distribution(targets)
+        grad = p * (q.sum(-1, keepdim=True) * scale + 2 * z_scale * lse) - q * scale
+    else:
+        at_target = (1 - epsilon) * targets.row_weight * scale
+        smooth = epsilon / x.shape[-1] * (x.new_ones(x.shape[-1]) if weight is None else weight)
+        total = at_target + smooth.sum() * scale if epsilon else at_target
+        grad = (p * (total + 2 * z_scale * lse)).scatter_add(1, targets.rows, -at_target)
+        grad = grad - smooth * scale if epsilon else grad
+    grad = torch.where(targets.valid, grad, 0.0)
+    return grad * (1 - (x / softcap).square()) if softcap else grad
+
+
+def _distribution(targets: Targets) -> Tensor:
+    """q of rows that are compared with probabilities."""
+    q, epsilon = targets.rows, targets.label_smoothing
+    q = (1 - epsilon) * q + epsilon / q.shape[-1] if epsilon else q
+    return q if targets.weight is None else q * targets.weight
+
+
+def _divisors(targets: Targets, reduction: str) -> tuple[Tensor, Tensor]:
+    """What "mean" divides the cross-entropy and the z part by; stays on the device."""
+    if reduction == "mean":
+        return targets.row_weight.sum(), targets.valid.sum().to(targets.row_weight.dtype)
+    one = targets.row_weight.new_ones(())
+    return one, one
+
+
+def _reduced(loss: Tensor, z: Tensor, targets: Targets, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss + z
+    divisor, z_divisor = _divisors(targets, reduction)
+    return loss.sum() / divisor + z.sum() / z_divisor
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x))
+
+
+def _class_dim(input: Tensor) -> int:
+    return min(1, input.dim() - 1)
+
+
+def _class_rows(input: Tensor) -> Tensor:
+    """(C,) or (N, C, d1, ...) as (rows, C) in the dtype of the arithmetic."""
+    classes = input.shape[_class_dim(input)]
+    rows = input.numel() // classes if classes else math.prod(_loss_shape(input, "none"))
+    return _wide(input.movedim(_class_dim(input), -1).reshape(rows, classes))
+
+
+def _target_rows(target: Tensor) -> Tensor:
+    return _class_rows(target) if target.is_floating_point() else target.reshape(-1, 1)
+
+
+def _loss_shape(input: Tensor, reduction: str) -> torch.Size:
+    if reduction != "none":
+        return torch.Size(())
+    dim = _class_dim(input)
+    return input.shape[:dim] + input.shape[dim + 1 :]

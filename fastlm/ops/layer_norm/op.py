@@ -1,0 +1,409 @@
+"""Layer norm, RMS norm, and both fused with the addition of a residual: contract, torch ops, backends.
+
+Statistics are kept for backward in one fp32 tensor (fp64 for fp64): (2, rows) mean and rstd, or (1, rows) rstd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops.layer_norm import reference
+from fastlm.ops.registry import Backend, Op
+
+
+class LayerNormInputs(NamedTuple):
+    input: Tensor
+    normalized_shape: Sequence[int]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class RMSNormInputs(NamedTuple):
+    input: Tensor
+    normalized_shape: Sequence[int]
+    weight: Tensor | None
+    eps: float
+
+
+class AddLayerNormInputs(NamedTuple):
+    input: Tensor
+    residual: Tensor
+    normalized_shape: Sequence[int]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+class AddRMSNormInputs(NamedTuple):
+    input: Tensor
+    residual: Tensor
+    normalized_shape: Sequence[int]
+    weight: Tensor | None
+    eps: float
+    dropout_p: float
+    rng_state: Tensor | None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalisation over the last dimensions.
+
+        output = (input - mean) / sqrt(var + eps) * weight + bias
+
+    with the mean and the biased variance over the dimensions of `normalized_shape`.
+
+    Args:
+        input: (*, normalized_shape) fp32, bf16, fp16 or fp64, any strides.
+        normalized_shape: the last dimensions of `input`.
+        weight, bias: (normalized_shape) in the input's dtype, or fp32 with a bf16 or fp16 input.
+        eps: added to the variance.
+
+    Returns:
+        Shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit. TypeError: `normalized_shape` is not a sequence of ints.
+
+    Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
+    """
+    _check("layer_norm", input, normalized_shape, weight, bias)
+    inputs = LayerNormInputs(_autocast("layer_norm", input), normalized_shape, weight, bias, eps)
+    return LAYER_NORM.choose(inputs)(*inputs)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    r"""Root mean square normalisation over the last dimensions.
+
+        output = input / sqrt(mean(input^2) + eps) * weight
+
+    Args:
+        input: (*, normalized_shape) fp32, bf16, fp16 or fp64, any strides.
+        normalized_shape: the last dimensions of `input`.
+        weight: (normalized_shape) in the input's dtype, or fp32 with a bf16 or fp16 input.
+        eps: None is the machine epsilon of the arithmetic (fp32; fp64 for fp64), as in torch.
+
+    Returns:
+        Shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit. TypeError: `normalized_shape` is not a sequence of ints.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
+    _check("rms_norm", input, normalized_shape, weight, None)
+    inputs = RMSNormInputs(_autocast("rms_norm", input), normalized_shape, weight, _rms_eps(input, eps))
+    return RMS_NORM.choose(inputs)(*inputs)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Adds to the residual stream and normalises it, in one pass over memory each way.
+
+        new_residual = residual + dropout(input)
+        output       = layer_norm(new_residual)
+
+    The sum is formed in fp32 (fp64 for fp64), whatever the two dtypes, and rounded once.
+
+    Args:
+        input: (*, normalized_shape) what a layer adds; broadcasts against `residual`.
+        residual: (*, normalized_shape) the stream, in the input's dtype or another, e.g. fp32 over bf16 layers.
+        normalized_shape, weight, bias, eps: as in `layer_norm`.
+        dropout_p: probability of dropping an element of `input`, in [0, 1]; only if `training`.
+        training: False turns dropout off.
+
+    Returns:
+        (output, new_residual): output in the dtype of `input`, new_residual in that of `residual`.
+
+    Raises:
+        ValueError: shapes, dtypes or a probability that do not fit. TypeError: an argument of the wrong type.
+    """
+    input, residual = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
+    p = float(dropout_p) if training else 0.0
+    inputs = AddLayerNormInputs(input, residual, normalized_shape, weight, bias, eps, p, None)
+    return ADD_LAYER_NORM.choose(inputs)(*inputs)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Adds to the residual stream and normalises it by its root mean square, in one pass over memory each way.
+
+        new_residual = residual + dropout(input)
+        output       = rms_norm(new_residual)
+
+    Arguments, result and errors as `add_layer_norm`'s; `eps` as in `rms_norm`.
+    """
+    input, residual = _check_add("add_rms_norm", input, residual, normalized_shape, weight, None, dropout_p)
+    p = float(dropout_p) if training else 0.0
+    inputs = AddRMSNormInputs(input, residual, normalized_shape, weight, _rms_eps(residual, eps), p, None)
+    return ADD_RMS_NORM.choose(inputs)(*inputs)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------
+
+# Device types on which autocast runs torch's op in fp32, read from torch's own dispatcher.
+_FP32_UNDER_AUTOCAST = frozenset(
+    (op, device)
+    for op in ("layer_norm", "rms_norm")
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", f"Autocast{device.upper()}")
+)
+
+
+def _autocast(op: str, input: Tensor) -> Tensor:
+    device = input.device.type
+    if (op, device) in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return input.float()
+    return input
+
+
+def _rms_eps(input: Tensor, eps: float | None) -> float:
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+
+
+def _check(
+    op: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    error: type[Exception] = RuntimeError,
+) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
+    if not isinstance(normalized_shape, (tuple, list)):
+        kind = type(normalized_shape).__name__
+        raise TypeError(f"{op}: normalized_shape must be a tuple or list of ints, got {kind}")
+    shape = tuple(normalized_shape)
+    if not shape or input.shape[-len(shape) :] != shape:
+        if any(not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) for size in shape):
+            raise TypeError(f"{op}: normalized_shape must be a tuple or list of ints, got {normalized_shape}")
+        need = "at least one dimension" if not shape else "the last dimensions of input"
+        raise error(f"{op}: normalized_shape must be {need}, got {shape} for input of shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(parameter).__name__}")
+        if parameter.shape != shape:
+            raise error(f"{op}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+        if parameter.device != input.device:
+            raise error(f"{op}: {name} must be on {input.device} as input is, got {parameter.device}")
+        if parameter.dtype != input.dtype and not _mixed(op, parameter.dtype, input.dtype):
+            raise error(f"{op}: {name} must be {input.dtype} as input is, or float32, got {parameter.dtype}")
+
+
+def _mixed(op: str, parameter: torch.dtype, input: torch.dtype) -> bool:
+    """Whether a parameter may have another dtype than the input."""
+    if "rms" in op:
+        return parameter.is_floating_point
+    return parameter == torch.float32 and input in (torch.bfloat16, torch.float16)
+
+
+def _check_add(
+    op: str,
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("input", input), ("residual", residual)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if input.device != residual.device:
+        raise ValueError(f"{op}: residual must be on {input.device} as input is, got {residual.device}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if input.shape != residual.shape:
+        try:
+            input, residual = torch.broadcast_tensors(input, residual)
+        except RuntimeError:
+            shapes = f"{tuple(input.shape)} and {tuple(residual.shape)}"
+            raise ValueError(f"{op}: input and residual must broadcast, got shapes {shapes}") from None
+    _check(op, input, normalized_shape, weight, bias, ValueError)
+    return input, residual
+
+
+# Torch ops ------------------------------------------------------------------------------------------------------
+
+
+def _fake_stats(input: Tensor, normalized_shape: Sequence[int], statistics: int) -> Tensor:
+    rows = 1
+    for size in input.shape[: input.dim() - len(normalized_shape)]:
+        rows = rows * size
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty((statistics, rows), dtype=dtype)
+
+
+def _fake_contiguous(input: Tensor) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+LAYER_NORM = Op(
+    "layer_norm",
+    inputs=LayerNormInputs,
+    fwd="(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, str backend)"
+    " -> (Tensor output, Tensor stats)",
+    bwd="(Tensor? grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor stats, SymInt[] normalized_shape,"
+    " float eps, bool[] needs_grad, str backend) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    fake_fwd=lambda input, normalized_shape, *_: (_fake_contiguous(input), _fake_stats(input, normalized_shape, 2)),
+    result=lambda outputs, inputs: outputs[0],
+    composite=lambda *inputs: reference.layer_norm_fwd(*inputs)[0],
+    auto=("native", "reference"),
+    fusable=True,
+)
+
+RMS_NORM = Op(
+    "rms_norm",
+    inputs=RMSNormInputs,
+    fwd="(Tensor input, SymInt[] normalized_shape, Tensor? weight, float eps, str backend)"
+    " -> (Tensor output, Tensor stats)",
+    bwd="(Tensor? grad_output, Tensor input, Tensor? weight, Tensor stats, SymInt[] normalized_shape, float eps,"
+    " bool[] needs_grad, str backend) -> (Tensor grad_input, Tensor grad_weight)",
+    fake_fwd=lambda input, normalized_shape, *_: (_fake_contiguous(input), _fake_stats(input, normalized_shape, 1)),
+    result=lambda outputs, inputs: outputs[0],
+    composite=lambda *inputs: reference.rms_norm_fwd(*inputs)[0],
+    auto=("native", "reference"),
+    fusable=True,
+)
+
+ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    inputs=AddLayerNormInputs,
+    fwd="(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps,"
+    " float dropout_p, Tensor? rng_state, str backend) -> (Tensor output, Tensor new_residual, Tensor stats)",
+    bwd="(Tensor? grad_output, Tensor? grad_new_residual, Tensor? weight, Tensor? bias, Tensor? rng_state,"
+    " Tensor new_residual, Tensor stats, SymInt[] normalized_shape, float eps, float dropout_p,"
+    " ScalarType input_dtype, bool[] needs_grad, str backend)"
+    " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    fake_fwd=lambda input, residual, normalized_shape, *_: (
+        _fake_contiguous(input),
+        _fake_contiguous(residual),
+        _fake_stats(residual, normalized_shape, 2),
+    ),
+    result=lambda outputs, inputs: outputs[:2],
+    composite=lambda *inputs: reference.add_layer_norm_fwd(*inputs)[:2],
+    auto=("native", "reference"),
+    fusable=True,
+    draws=True,
+    stand_ins={"input": "new_residual", "residual": "new_residual"},
+)
+
+ADD_RMS_NORM = Op(
+    "add_rms_norm",
+    inputs=AddRMSNormInputs,
+    fwd="(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight, float eps, float dropout_p,"
+    " Tensor? rng_state, str backend) -> (Tensor output, Tensor new_residual, Tensor stats)",
+    bwd="(Tensor? grad_output, Tensor? grad_new_residual, Tensor? weight, Tensor? rng_state, Tensor new_residual,"
+    " Tensor stats, SymInt[] normalized_shape, float eps, float dropout_p, ScalarType input_dtype,"
+    " bool[] needs_grad, str backend) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight)",
+    fake_fwd=lambda input, residual, normalized_shape, *_: (
+        _fake_contiguous(input),
+        _fake_contiguous(residual),
+        _fake_stats(residual, normalized_shape, 1),
+    ),
+    result=lambda outputs, inputs: outputs[:2],
+    composite=lambda *inputs: reference.add_rms_norm_fwd(*inputs)[:2],
+    auto=("native", "reference"),
+    fusable=True,
+    draws=True,
+    stand_ins={"input": "new_residual", "residual": "new_residual"},
+)
+
+
+# Backends: torch's own operations, and the reference --------------------------------------------------------------
+
+
+def _native_add(input: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
+    added = torch.nn.functional.dropout(input, dropout_p) if dropout_p else input
+    return (residual + added).to(residual.dtype)
+
+
+def _native_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    rng_state: None,
+) -> tuple[Tensor, Tensor]:
+    new_residual = _native_add(input, residual, dropout_p)
+    if input.dtype != residual.dtype:
+        weight, bias = (None if p is None else p.to(residual.dtype) for p in (weight, bias))
+    output = torch.nn.functional.layer_norm(new_residual, normalized_shape, weight, bias, eps)
+    return output.to(input.dtype), new_residual
+
+
+def _native_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    rng_state: None,
+) -> tuple[Tensor, Tensor]:
+    new_residual = _native_add(input, residual, dropout_p)
+    if weight is not None and input.dtype != residual.dtype:
+        weight = weight.to(residual.dtype)
+    output = torch.nn.functional.rms_norm(new_residual, normalized_shape, weight, eps)
+    return output.to(input.dtype), new_residual
+
+
+def _native_reasons(inputs: LayerNormInputs | AddLayerNormInputs) -> list[str]:
+    parameters = [p for p in (inputs.weight, inputs.bias) if p is not None]
+    if inputs.input.device.type != "cpu" and any(p.dtype != inputs.input.dtype for p in parameters):
+        return [f"torch's layer_norm needs parameters of the input's dtype on {inputs.input.device.type}"]
+    if inputs.input.device.type == "cpu" and len({p.dtype for p in parameters}) > 1:
+        return ["torch's layer_norm needs weight and bias of one dtype"]
+    return []
+
+
+LAYER_NORM.register(Backend("native", reasons=_native_reasons, call=torch.nn.functional.layer_norm))
+RMS_NORM.register(Backend("native", call=torch.nn.functional.rms_norm))
+ADD_LAYER_NORM.register(Backend("native", reasons=_native_reasons, call=_native_add_layer_norm))
+ADD_RMS_NORM.register(Backend("native", call=_native_add_rms_norm))
+LAYER_NORM.register(Backend("reference", fwd=reference.layer_norm_fwd, bwd=reference.layer_norm_bwd))
+RMS_NORM.register(Backend("reference", fwd=reference.rms_norm_fwd, bwd=reference.rms_norm_bwd))
+ADD_LAYER_NORM.register(Backend("reference", fwd=reference.add_layer_norm_fwd, bwd=reference.add_layer_norm_bwd))
+ADD_RMS_NORM.register(Backend("reference", fwd=reference.add_rms_norm_fwd, bwd=reference.add_rms_norm_bwd))
