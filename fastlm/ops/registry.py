@@ -364,7 +364,7 @@ class _State(threading.local):
 
 _state = _State()
 _setters: collections.deque[use_backend] = collections.deque(maxlen=64)  # process-wide, the latest wins
-_environment = _parse(os.environ.get("FASTLM_BACKEND", "auto"))
+_environment = _parse(os.environ.get("FASTLM_BACKEND") or "auto")
 _default = _environment  # the latest setter's names; a plain global, which a compiler can guard on
 
 

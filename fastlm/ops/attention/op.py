@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.attention import reference
+from fastlm.ops.checks import (
+    autocast_dtype,
+    check_bool,
+    check_integer,
+    check_not_negative,
+    check_number,
+    check_probability,
+    check_tensor,
+)
 from fastlm.ops.registry import Backend, Op
 
 
@@ -98,7 +107,7 @@ def scaled_dot_product_attention(
     Source: Vaswani et al. 2017 (arXiv 1706.03762); Dao 2023 (arXiv 2307.08691); Press et al. 2021 (arXiv 2108.12409).
     """
     op = "scaled_dot_product_attention"
-    window_left, window_right = _check_options(op, (query, key, value), dropout_p, window, softcap)
+    window_left, window_right = _check_options(op, (query, key, value), dropout_p, is_causal, scale, window, softcap)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_dense(op, query, key, value, attn_mask, enable_gqa)
     _check_batch(op, query, key, alibi_slopes, key_lengths, return_lse)
@@ -153,12 +162,14 @@ def varlen_attention(
     Source: Dao 2023 (arXiv 2307.08691).
     """
     op = "varlen_attention"
-    window_left, window_right = _check_options(op, (query, key, value), dropout_p, window, softcap)
+    window_left, window_right = _check_options(op, (query, key, value), dropout_p, is_causal, scale, window, softcap)
     query, key, value, _ = _autocast(query, key, value, None)
     _check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    check_integer(op, "max_seqlen_q", max_seqlen_q)
+    check_integer(op, "max_seqlen_k", max_seqlen_k)
     scale = _scale(query, scale)
     inputs = VarlenAttentionInputs(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), is_causal, scale,
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale,
         window_left, window_right, alibi_slopes, softcap, return_lse, float(dropout_p), None,
     )  # fmt: skip
     return VARLEN_ATTENTION.choose(inputs)(*inputs)
@@ -168,35 +179,43 @@ def varlen_attention(
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
-    return float(scale) if scale is not None else float(max(1, query.shape[-1])) ** -0.5
+    return float(scale) if scale is not None else float(max(1, query.shape[-1])) ** -0.5  # checked to be a number
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
     """As torch's own op under autocast: everything of floating point in autocast's dtype."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(query)
+    if dtype is not None and query.dtype != torch.float64:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
     return query, key, value, mask
 
 
 def _check_options(
-    op: str, tensors: tuple[Tensor, ...], dropout_p: float, window: tuple[int, int] | None, softcap: float
+    op: str,
+    tensors: tuple[Tensor, ...],
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float,
 ) -> tuple[int, int]:
     for name, x in zip(("query", "key", "value"), tensors, strict=True):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        error = RuntimeError if op.startswith("scaled") else ValueError
-        raise error(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
-    if softcap < 0.0:
-        raise ValueError(f"{op}: softcap must be positive, or 0 for none, got {softcap}")
+        check_tensor(op, name, x)
+    check_probability(op, "dropout_p", dropout_p, RuntimeError if op.startswith("scaled") else ValueError)
+    check_bool(op, "is_causal", is_causal)
+    check_not_negative(op, "softcap", softcap)
+    if scale is not None:
+        check_number(op, "scale", scale)
     if window is None:
         return -1, -1
-    if len(window) != 2 or any(not isinstance(w, int) or isinstance(w, bool) or w < -1 for w in window):
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"{op}: window must be (left, right), got {type(window).__name__}")
+    for size in window:
+        check_integer(op, "window's elements", size)
+    if len(window) != 2 or min(window) < -1:
         raise ValueError(f"{op}: window must be (left, right), each -1 or more, got {window}")
-    return window
+    return window[0], window[1]
 
 
 def _check_types(op: str, error: type[Exception], query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -221,14 +240,15 @@ def _check_dense(
     if value.shape[-2] != key.shape[-2]:
         raise RuntimeError(f"{op}: value must have {key.shape[-2]} rows as key has, got {value.shape[-2]}")
     if enable_gqa:
-        heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
-        if heads[1] != heads[2] or not heads[1] or heads[0] % heads[1]:
-            need = "query's number of heads must be a multiple of key's and value's"
-            raise RuntimeError(f"{op}: {need}, got {heads[0]}, {heads[1]} and {heads[2]}")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() < 3:
+                raise IndexError(f"{op}: {name} must have a dimension of heads for enable_gqa, got {tuple(x.shape)}")
+            if query.shape[-3] % max(1, x.shape[-3]) or (query.shape[-3] and not x.shape[-3]):
+                need = f"a number of heads that divides query's, {query.shape[-3]}"
+                raise RuntimeError(f"{op}: {name} must have {need}, got {x.shape[-3]}")
     if attn_mask is None:
         return
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"{op}: attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
+    check_tensor(op, "attn_mask", attn_mask)
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"{op}: attn_mask must be bool, float32 or {query.dtype}, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
@@ -255,8 +275,7 @@ def _check_batch(
         _check_slopes(op, alibi_slopes, query, query.shape[0], query.shape[1])
     if key_lengths is None:
         return
-    if not isinstance(key_lengths, Tensor):
-        raise TypeError(f"{op}: key_lengths must be a Tensor, got {type(key_lengths).__name__}")
+    check_tensor(op, "key_lengths", key_lengths)
     if key_lengths.dtype not in (torch.int32, torch.int64) or tuple(key_lengths.shape) != (query.shape[0],):
         got = f"{key_lengths.dtype} of shape {tuple(key_lengths.shape)}"
         raise ValueError(f"{op}: key_lengths must be int32 of shape ({query.shape[0]},), got {got}")
@@ -265,8 +284,7 @@ def _check_batch(
 
 
 def _check_slopes(op: str, slopes: Tensor, query: Tensor, batch: int, heads: int) -> None:
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"{op}: alibi_slopes must be a Tensor, got {type(slopes).__name__}")
+    check_tensor(op, "alibi_slopes", slopes)
     if tuple(slopes.shape) not in ((heads,), (batch, heads)) or not slopes.is_floating_point():
         got = f"{slopes.dtype} of shape {tuple(slopes.shape)}"
         raise ValueError(
@@ -295,12 +313,11 @@ def _check_packed(
         raise ValueError(
             f"{op}: value must have shape {tuple(key.shape[:2])} before D as key, got {tuple(value.shape[:2])}"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if query.shape[1] % max(1, key.shape[1]) or (query.shape[1] and not key.shape[1]):
         need = "query's number of heads must be a multiple of key's"
         raise ValueError(f"{op}: {need}, got {query.shape[1]} and {key.shape[1]}")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(cu, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(cu).__name__}")
+        check_tensor(op, name, cu)
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.shape[0] < 1:
             raise ValueError(f"{op}: {name} must be int32 of shape (B + 1,), got {cu.dtype} of shape {tuple(cu.shape)}")
         if cu.device != query.device:
@@ -330,6 +347,19 @@ def _check_lengths(inputs: VarlenAttentionInputs) -> None:
             raise ValueError(f"varlen_attention: {need}, got {longest}")
 
 
+def _check_key_lengths(inputs: ScaledDotProductAttentionInputs) -> None:
+    """As `_check_lengths`."""
+    lengths, keys = inputs.key_lengths, inputs.key.shape[2]
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling() or not lengths.numel():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    low, high = (int(bound) for bound in lengths.aminmax())
+    if low < 0 or high > keys:
+        need = f"key_lengths must be from 0 to {keys}, the rows of key"
+        raise ValueError(f"scaled_dot_product_attention: {need}, got {low if low < 0 else high}")
+
+
 def _same_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     return (
         query.shape[0] == key.shape[0] == value.shape[0]
@@ -353,6 +383,8 @@ def _four_dimensions(
             x = x.unsqueeze(0)
         return x.flatten(0, x.dim() - 4)
 
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     four = [merged(x, x.shape[x.dim() - 2 - heads : x.dim() - 2]) for x in (query, key, value)]
     if attn_mask is not None:
         attn_mask = merged(attn_mask.expand(*attn_mask.shape[:-2], queries, keys), full[len(lead) :])
@@ -474,6 +506,7 @@ def _all(masks: list[Tensor]) -> Tensor:
 
 def _native_attention(*args: Any) -> Tensor:
     inputs = ScaledDotProductAttentionInputs(*args)
+    _check_key_lengths(inputs)
     mask = _native_mask(inputs)
     return torch.nn.functional.scaled_dot_product_attention(
         inputs.query,
@@ -507,7 +540,8 @@ def _native_varlen(*args: Any) -> Tensor:
             inputs.softcap, lengths, False, inputs.dropout_p, None,
         )  # fmt: skip
         outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else inputs.query.new_empty((*inputs.query.shape[:2], inputs.value.shape[2]))
+    empty = (*inputs.query.shape[:2], inputs.value.shape[2])
+    return torch.cat(outputs) if outputs else inputs.query.sum(2, keepdim=True).expand(empty)
 
 
 def _native_lacks(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
@@ -530,6 +564,11 @@ def _native_varlen_reasons(inputs: VarlenAttentionInputs) -> list[str]:
     return reasons
 
 
+def _reference_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_key_lengths(ScaledDotProductAttentionInputs(*args))
+    return reference.scaled_dot_product_attention_fwd(*args)
+
+
 def _reference_varlen_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     _check_lengths(VarlenAttentionInputs(*args))
     return reference.varlen_attention_fwd(*args)
@@ -539,7 +578,7 @@ SCALED_DOT_PRODUCT_ATTENTION.register(Backend("native", reasons=_native_reasons,
 SCALED_DOT_PRODUCT_ATTENTION.register(
     Backend(
         "reference",
-        fwd=reference.scaled_dot_product_attention_fwd,
+        fwd=_reference_fwd,
         bwd=reference.scaled_dot_product_attention_bwd,
     )
 )

@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops.checks import (
+    autocast_dtype,
+    check_integer,
+    check_not_negative,
+    check_probability,
+    check_tensor,
+)
 from fastlm.ops.cross_entropy import reference
 from fastlm.ops.registry import Backend, Op
 
@@ -81,12 +88,13 @@ def cross_entropy(
 
     Source: de Brébisson and Vincent 2016 (arXiv 1604.08859) for z_loss; Gemma Team 2024 (arXiv 2408.00118) for softcap.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"cross_entropy: input must be a Tensor, got {type(input).__name__}")
+    check_tensor("cross_entropy", "input", input)
     options = (reduction, label_smoothing, z_loss, softcap)
-    _check("cross_entropy", input, input.shape, target, weight, ignore_index, *options)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.bfloat16, torch.float16):
-        input = input.float()
+    target = _check("cross_entropy", input, input.shape, target, weight, ignore_index, *options)
+    if autocast_dtype(input) is not None and input.dtype != torch.float64:
+        input, weight = input.float(), None if weight is None else weight.float()
+    if _wider(input, target, weight):
+        input = input.double()
     if inplace_backward and input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         input = _overwritten(input)
     inputs = CrossEntropyInputs(input, target, weight, ignore_index, *options)
@@ -124,30 +132,38 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     shape = _check_linear(input, linear_weight, linear_bias)
     options = (reduction, label_smoothing, z_loss, softcap)
-    _check("linear_cross_entropy", input, shape, target, weight, ignore_index, *options)
-    if linear_weight.dim() > 2:  # (C, d1, ..., in_features): classes are not the rows of one matrix
+    target = _check("linear_cross_entropy", input, shape, target, weight, ignore_index, *options)
+    dtype = autocast_dtype(input)
+    if dtype is not None and input.dtype != torch.float64:
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+        weight = None if weight is None else weight.float()
+    if linear_weight.dim() > 2 or _wider(input, target, weight):
+        # Classes that are not the rows of one matrix, or probabilities in fp64 for logits that are not.
         flat_bias = None if linear_bias is None else linear_bias.flatten()
         logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), flat_bias).reshape(shape)
         return cross_entropy(
             logits,
             target,
-            weight,
+            weight if weight is None or target.is_floating_point() else weight.to(logits.dtype),
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=softcap,
         )
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)]
     inputs = LinearCrossEntropyInputs(
         input, linear_weight, target, linear_bias, weight, ignore_index, *options, needs_grad
     )
     return LINEAR_CROSS_ENTROPY.choose(inputs)(*inputs)
+
+
+def _wider(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether probabilities or their weights make the loss fp64 while the logits are not."""
+    dtypes = (target.dtype, None if weight is None else weight.dtype)
+    return target.is_floating_point() and input.dtype != torch.float64 and torch.float64 in dtypes
 
 
 class _Overwrite(torch.autograd.Function):
@@ -190,18 +206,17 @@ def _check(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> None:
-    """Checks everything about logits of this shape, in the dtype and on the device of `input`."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
+) -> Tensor:
+    """Checks everything about logits of this shape, in the dtype and on the device of `input`; returns the target."""
+    check_tensor(op, "target", target)
+    check_integer(op, "ignore_index", ignore_index)
+    check_probability(op, "label_smoothing", label_smoothing, RuntimeError)
+    check_not_negative(op, "z_loss", z_loss)
+    check_not_negative(op, "softcap", softcap)
     if not input.is_floating_point():
         raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{op}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
-    if softcap < 0.0:
-        raise ValueError(f"{op}: softcap must be positive, or 0 for none, got {softcap}")
     if target.device != input.device:
         raise RuntimeError(f"{op}: target must be on {input.device} as input is, got {target.device}")
     shape = tuple(shape)
@@ -209,27 +224,36 @@ def _check(
         raise RuntimeError(f"{op}: input must have a dimension of classes, got a scalar")
     dim = min(1, len(shape) - 1)
     classes, rows = shape[dim], shape[:dim] + shape[dim + 1 :]
-    if tuple(target.shape) == shape:
+    if tuple(target.shape) == shape and (len(shape) > 1 or classes != 1 or target.is_floating_point()):
         if not target.is_floating_point():
             raise RuntimeError(f"{op}: target with the shape of the logits must be probabilities, got {target.dtype}")
         if ignore_index >= 0:
             raise RuntimeError(f"{op}: ignore_index must not be given for probabilities, got {ignore_index}")
-    elif tuple(target.shape) != rows:
-        error = ValueError if rows and target.dim() and target.shape[0] != rows[0] else RuntimeError
-        raise error(f"{op}: target must have shape {rows} or {shape} for logits {shape}, got {tuple(target.shape)}")
-    elif target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"{op}: target must be int64 or uint8 class indices, got {target.dtype}")
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{op}: weight must be a Tensor or None, got {type(weight).__name__}")
+    else:
+        if not rows and tuple(target.shape) == (1,):  # as torch, one index for the one row of (C,) logits
+            target = target.reshape(())
+        if tuple(target.shape) != rows:
+            error = ValueError if rows and (not target.dim() or target.shape[0] != rows[0]) else RuntimeError
+            raise error(f"{op}: target must have shape {rows} or {shape} for logits {shape}, got {tuple(target.shape)}")
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"{op}: target must be int64 or uint8 class indices, got {target.dtype}")
+    if weight is not None:
+        _check_weight(op, input, classes, target, weight)
+    return target
+
+
+def _check_weight(op: str, input: Tensor, classes: int, target: Tensor, weight: Tensor) -> None:
+    check_tensor(op, "weight", weight)
+    probabilities = target.is_floating_point()
     if tuple(weight.shape) != (classes,):
         raise RuntimeError(f"{op}: weight must have shape {(classes,)}, one per class, got {tuple(weight.shape)}")
-    if weight.dtype != input.dtype:
+    if not weight.is_floating_point() or not (
+        weight.dtype == input.dtype or probabilities or autocast_dtype(input) is not None
+    ):
         raise RuntimeError(f"{op}: weight must be {input.dtype} as input is, got {weight.dtype}")
     if weight.device != input.device:
         raise RuntimeError(f"{op}: weight must be on {input.device} as input is, got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled() and not target.is_floating_point():
+    if weight.requires_grad and torch.is_grad_enabled() and not probabilities:
         raise RuntimeError(f"{op}: weight must not require a gradient with class indices")
 
 
@@ -237,8 +261,8 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     """The shape of the logits."""
     op = "linear_cross_entropy"
     for name, x in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if not isinstance(x, Tensor) and not (name == "linear_bias" and x is None):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        if not (name == "linear_bias" and x is None):
+            check_tensor(op, name, x)
     if input.dim() not in (1, 2):
         raise RuntimeError(f"{op}: input must have 1 or 2 dimensions, got shape {tuple(input.shape)}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
@@ -252,7 +276,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     for name, x in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if x is not None and x.device != input.device:
             raise RuntimeError(f"{op}: {name} must be on {input.device} as input is, got {x.device}")
-        if x is not None and x.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if x is not None and x.dtype != input.dtype and autocast_dtype(input) is None:
             raise RuntimeError(f"{op}: {name} must be {input.dtype} as input is, got {x.dtype}")
     return (*input.shape[:-1], *linear_weight.shape[:-1])
 
@@ -297,11 +321,17 @@ def _fake_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
 
 def _public_loss(outputs: tuple[Tensor, ...], inputs: Any) -> Tensor:
     """The loss in the dtype that torch gives it."""
-    if torch.is_autocast_enabled(inputs[0].device.type):
-        return outputs[0]
-    target = CrossEntropyInputs._make(inputs).target if len(inputs) == 8 else inputs[2]
-    dtype = inputs[0].dtype
-    return outputs[0].to(torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype)
+    input, (loss, *_) = inputs[0], outputs
+    if autocast_dtype(input) is not None:
+        return loss
+    target, weight = (
+        (inputs[1], inputs[2]) if len(inputs) == len(CrossEntropyInputs._fields) else (inputs[2], inputs[4])
+    )
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    return loss.to(dtype)
 
 
 def _beyond_bwd(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> list[str]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 2**26  # of one chunk's logits: few, large chunks keep the matrix products efficient
+CHUNK_BYTES = 2**27  # of one chunk's logits: few, large chunks keep the matrix products efficient
 BLOCK_ELEMENTS = 2**18  # of the logits that a CPU goes through at a time, so that they stay in its cache
 
 
@@ -80,8 +80,9 @@ def cross_entropy_bwd(
     targets = _targets(_target_rows(target), weight, ignore_index, label_smoothing, x.dtype)
     lse = torch.logsumexp(x, -1, keepdim=True) if lse is None else lse[:, None]
     divisor, z_divisor = _divisors(targets, reduction)
+    divisor, z_divisor = _never_zero(divisor), _never_zero(z_divisor)
     upstream = grad_loss.to(x.dtype).reshape(-1, 1)
-    grad = _logit_gradient(x, lse, targets, upstream / divisor, upstream / z_divisor * z_loss, softcap)
+    grad = _logit_gradient(x, (x - lse).exp(), lse, targets, upstream / divisor, upstream / z_divisor * z_loss, softcap)
     classes_last = grad.reshape(*_loss_shape(input, "none"), x.shape[-1])
     return classes_last.movedim(-1, _class_dim(input)).to(input.dtype, memory_format=torch.contiguous_format)
 
@@ -103,24 +104,33 @@ def linear_cross_entropy_fwd(
 
     The gradients are empty where not needed and for "none"; those of the parameters are sums in fp32.
     """
-    x = input.reshape(-1, input.shape[-1])
+    x = input if input.dim() == 2 else input[None]
     dtype = _wide_dtype(x)
-    targets = _targets(target.reshape(len(x), -1), weight, ignore_index, label_smoothing, dtype)
+    targets = _targets(_linear_targets(x, linear_weight, target), weight, ignore_index, label_smoothing, dtype)
     lse, losses, z_losses = (x.new_empty((len(x), 1), dtype=dtype) for _ in range(3))
     divisor, z_divisor = _divisors(targets, reduction)
-    z_scale = divisor / z_divisor * z_loss
+    divisor = _never_zero(divisor)
+    z_scale = divisor / _never_zero(z_divisor) * z_loss
     sums = _GradientSums(x, linear_weight, linear_bias, needs_grad if reduction != "none" else (False,) * 3)
     for rows, logits in _chunks(x, linear_weight, linear_bias):
         for block in _blocks(rows, logits):
             part = logits[block.start - rows.start : block.stop - rows.start]
             capped = _capped(_wide(part), softcap)
-            lse[block] = torch.logsumexp(capped, -1, keepdim=True)
+            p = torch.softmax(capped, -1)  # whose largest element is exp(max - lse)
+            lse[block] = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
             losses[block], z_losses[block] = _row_losses(capped, lse[block], targets.at(block), z_loss)
             if sums.needed:
-                part.copy_(_logit_gradient(capped, lse[block], targets.at(block), 1.0, z_scale, softcap))
+                part.copy_(_logit_gradient(capped, p, lse[block], targets.at(block), 1.0, z_scale, softcap))
         sums.add(rows, logits)
     loss = _reduced(losses, z_losses, targets, reduction).reshape(_loss_shape(input, reduction))
-    return loss, lse[:, 0].clone(), sums.input, sums.weight, sums.bias, divisor.clone()
+    return (
+        loss,
+        lse[:, 0].clone(),
+        sums.input.view(input.shape) if sums.needs_grad[0] else sums.input,
+        sums.weight,
+        sums.bias,
+        divisor,
+    )
 
 
 def linear_cross_entropy_bwd(
@@ -149,55 +159,64 @@ def linear_cross_entropy_bwd(
             grad_loss, logits, target, weight, None, ignore_index, reduction, label_smoothing, z_loss, softcap, (True,)
         )
         flat = grad.reshape(-1, grad.shape[-1])
-        return grad @ linear_weight, flat.T @ input.reshape(-1, input.shape[-1]), flat.sum(0)
+        return grad @ linear_weight, flat.T @ (input if input.dim() == 2 else input[None]), flat.sum(0)
     if reduction == "none":
-        x = input.reshape(-1, input.shape[-1])
-        targets = _targets(target.reshape(len(x), -1), weight, ignore_index, label_smoothing, lse.dtype)
+        x = input if input.dim() == 2 else input[None]
+        targets = _targets(_linear_targets(x, linear_weight, target), weight, ignore_index, label_smoothing, lse.dtype)
         upstream = grad_loss.to(lse.dtype).reshape(-1, 1)
         sums = _GradientSums(x, linear_weight, linear_bias, needs_grad)
         for rows, logits in _chunks(x, linear_weight, linear_bias):
             for block in _blocks(rows, logits):
                 part, scale = logits[block.start - rows.start : block.stop - rows.start], upstream[block]
-                capped = _capped(_wide(part), softcap)
-                part.copy_(_logit_gradient(capped, lse[block, None], targets.at(block), scale, scale * z_loss, softcap))
+                capped, row_lse = _capped(_wide(part), softcap), lse[block, None]
+                p = (capped - row_lse).exp()
+                part.copy_(_logit_gradient(capped, p, row_lse, targets.at(block), scale, scale * z_loss, softcap))
             sums.add(rows, logits)
-        grads = [sums.input, sums.weight, sums.bias]
+        grads, factor = [sums.input, sums.weight, sums.bias], None
     else:
-        scale = grad_loss.to(divisor.dtype) / divisor
-        grads = [unscaled * scale for unscaled in (unscaled_input, unscaled_weight, unscaled_bias)]
+        grads, factor = [unscaled_input, unscaled_weight, unscaled_bias], grad_loss.to(divisor.dtype) / divisor
     return tuple(
-        input.new_empty(0) if like is None or not needed else grad.reshape(like.shape).to(like.dtype)
+        input.new_empty(0) if like is None or not needed else _scaled(grad, factor, like)
         for grad, like, needed in zip(grads, (input, linear_weight, linear_bias), needs_grad, strict=True)
     )
 
 
+def _scaled(grad: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
+    """grad * factor in the shape and dtype of `like`; block by block, so that no product in fp32 is kept."""
+    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    target, grad = (x if x.dim() == 2 else x[None] for x in (result, grad.reshape(result.shape)))
+    for block in _blocks(slice(0, len(grad)), grad):
+        target[block] = grad[block] if factor is None else grad[block] * factor
+    return result
+
+
 class _GradientSums:
-    """The gradients of a linear layer, chunk by chunk of its output's: those of the parameters summed in fp32."""
+    """The gradients of a linear layer, from chunk to chunk of its output's: those of the parameters summed in fp32."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: Sequence[bool]) -> None:
         self.x, self.linear_weight, self.needs_grad = x, weight, needs_grad
         self.needed = any(needs_grad)
-        dtype, empty = _wide_dtype(x), x.new_empty(0)
+        self.dtype, empty = _wide_dtype(x), x.new_empty(0)
         self.input = torch.empty_like(x) if needs_grad[0] else empty
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs_grad[1] else empty.clone()
-        self.bias = x.new_zeros(len(weight), dtype=dtype) if needs_grad[2] else empty.clone()
+        self.weight = torch.zeros_like(weight, dtype=self.dtype) if needs_grad[1] else empty.clone()
+        self.bias = x.new_zeros(len(weight), dtype=self.dtype) if needs_grad[2] else empty.clone()
+        self.workspace = torch.empty_like(weight) if needs_grad[1] and x.dtype != self.dtype else empty
 
     def add(self, rows: slice, grad: Tensor) -> None:
         if self.needs_grad[0]:
             torch.mm(grad, self.linear_weight, out=self.input[rows])
-        if self.needs_grad[1]:
-            if grad.dtype == self.weight.dtype:
-                self.weight.addmm_(grad.T, self.x[rows])
-            else:
-                self.weight.add_(grad.T @ self.x[rows])
+        if self.needs_grad[1] and grad.dtype == self.dtype:
+            self.weight.addmm_(grad.T, self.x[rows])
+        elif self.needs_grad[1]:
+            self.weight.add_(torch.mm(grad.T, self.x[rows], out=self.workspace))
         if self.needs_grad[2]:
-            self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
+            self.bias.add_(grad.sum(0, dtype=self.dtype))
 
 
 def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows with their logits, which live in one workspace."""
-    count = -(-len(x) * len(weight) * x.element_size() // CHUNK_BYTES)
-    size = max(1, -(-len(x) // max(1, count)))
+    count = max(2, -(-len(x) * len(weight) * x.element_size() // CHUNK_BYTES))
+    size = max(1, -(-len(x) // count))
     workspace = x.new_empty((min(size, len(x)), len(weight)))
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
@@ -206,7 +225,7 @@ def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
 
 
 def _blocks(rows: slice, logits: Tensor) -> Iterator[slice]:
-    size = max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    size = max(1, BLOCK_ELEMENTS // max(1, logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
     for start in range(rows.start, rows.stop, size):
         yield slice(start, min(start + size, rows.stop))
 
@@ -215,7 +234,7 @@ def _targets(target: Tensor, weight: Tensor | None, ignore_index: int, smoothing
     """From (rows, 1) class indices or (rows, classes) probabilities."""
     weight = None if weight is None else weight.to(dtype)
     if target.is_floating_point():
-        valid = torch.ones_like(target[:, :1], dtype=torch.bool)
+        valid = target.new_ones((len(target), 1), dtype=torch.bool)
         return Targets(target.to(dtype), valid, valid.to(dtype), weight, smoothing)
     target = target.long()
     valid = target != ignore_index
@@ -233,33 +252,34 @@ def _row_losses(x: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> tupl
         loss = (lse - x.gather(1, targets.rows)) * targets.row_weight
         if epsilon:
             every = lse - x if weight is None else (lse - x) * weight
-            loss = (1 - epsilon) * loss + epsilon / x.shape[-1] * every.sum(-1, keepdim=True)
-    return torch.where(targets.valid, loss, 0.0), torch.where(targets.valid, z_loss * lse.square(), 0.0)
+            loss = (1 - epsilon) * loss + epsilon / max(1, x.shape[-1]) * every.sum(-1, keepdim=True)
+    z = z_loss * lse.square() if z_loss else torch.zeros_like(lse)
+    return torch.where(targets.valid, loss, 0.0), torch.where(targets.valid, z, 0.0)
 
 
 def _logit_gradient(
-    x: Tensor, lse: Tensor, targets: Targets, scale: Tensor | float, z_scale: Tensor | float, softcap: float
+    x: Tensor, p: Tensor, lse: Tensor, targets: Targets, scale: Tensor | float, z_scale: Tensor | float, softcap: float
 ) -> Tensor:
     """scale * d(cross-entropy)/d(logits) + z_scale * d(lse^2)/d(logits), before the soft cap; (rows, classes)."""
     epsilon, weight = targets.label_smoothing, targets.weight
-    p = (x - lse).exp()
+    valid = targets.valid.to(p.dtype)
+    scale, through_lse = valid * scale, valid * (2 * z_scale * lse)
     if targets.rows.is_floating_point():
         q = _distribution(targets)
-        grad = p * (q.sum(-1, keepdim=True) * scale + 2 * z_scale * lse) - q * scale
+        grad = p * (q.sum(-1, keepdim=True) * scale + through_lse) - q * scale
     else:
         at_target = (1 - epsilon) * targets.row_weight * scale
-        smooth = epsilon / x.shape[-1] * (x.new_ones(x.shape[-1]) if weight is None else weight)
-        total = at_target + smooth.sum() * scale if epsilon else at_target
-        grad = (p * (total + 2 * z_scale * lse)).scatter_add(1, targets.rows, -at_target)
+        smooth = epsilon / max(1, x.shape[-1]) * (x.new_ones(x.shape[-1]) if weight is None else weight)
+        grad = p * (at_target + smooth.sum() * scale + through_lse)
+        grad.scatter_add_(1, targets.rows, -at_target)
         grad = grad - smooth * scale if epsilon else grad
-    grad = torch.where(targets.valid, grad, 0.0)
     return grad * (1 - (x / softcap).square()) if softcap else grad
 
 
 def _distribution(targets: Targets) -> Tensor:
     """q of rows that are compared with probabilities."""
     q, epsilon = targets.rows, targets.label_smoothing
-    q = (1 - epsilon) * q + epsilon / q.shape[-1] if epsilon else q
+    q = (1 - epsilon) * q + epsilon / max(1, q.shape[-1]) if epsilon else q
     return q if targets.weight is None else q * targets.weight
 
 
@@ -269,6 +289,11 @@ def _divisors(targets: Targets, reduction: str) -> tuple[Tensor, Tensor]:
         return targets.row_weight.sum(), targets.valid.sum().to(targets.row_weight.dtype)
     one = targets.row_weight.new_ones(())
     return one, one
+
+
+def _never_zero(divisor: Tensor) -> Tensor:
+    """For gradients: where all is ignored the mean is 0 / 0, but no row has a gradient."""
+    return torch.where(divisor == 0, 1.0, divisor)
 
 
 def _reduced(loss: Tensor, z: Tensor, targets: Targets, reduction: str) -> Tensor:
@@ -303,6 +328,11 @@ def _class_rows(input: Tensor) -> Tensor:
 
 def _target_rows(target: Tensor) -> Tensor:
     return _class_rows(target) if target.is_floating_point() else target.reshape(-1, 1)
+
+
+def _linear_targets(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
+    """(rows, 1) class indices or (rows, classes) probabilities."""
+    return target.reshape(len(x), len(linear_weight) if target.is_floating_point() else 1)
 
 
 def _loss_shape(input: Tensor, reduction: str) -> torch.Size:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor
 from fastlm.ops.layer_norm import reference
 from fastlm.ops.registry import Backend, Op
 
@@ -79,6 +80,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
     _check("layer_norm", input, normalized_shape, weight, bias)
+    check_number("layer_norm", "eps", eps)
     inputs = LayerNormInputs(_autocast("layer_norm", input), normalized_shape, weight, bias, eps)
     return LAYER_NORM.choose(inputs)(*inputs)
 
@@ -105,7 +107,7 @@ def rms_norm(
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
     _check("rms_norm", input, normalized_shape, weight, None)
-    inputs = RMSNormInputs(_autocast("rms_norm", input), normalized_shape, weight, _rms_eps(input, eps))
+    inputs = RMSNormInputs(_autocast("rms_norm", input), normalized_shape, weight, _rms_eps("rms_norm", input, eps))
     return RMS_NORM.choose(inputs)(*inputs)
 
 
@@ -141,6 +143,7 @@ def add_layer_norm(
         ValueError: shapes, dtypes or a probability that do not fit. TypeError: an argument of the wrong type.
     """
     input, residual = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
+    check_number("add_layer_norm", "eps", eps)
     p = float(dropout_p) if training else 0.0
     inputs = AddLayerNormInputs(input, residual, normalized_shape, weight, bias, eps, p, None)
     return ADD_LAYER_NORM.choose(inputs)(*inputs)
@@ -165,7 +168,9 @@ def add_rms_norm(
     """
     input, residual = _check_add("add_rms_norm", input, residual, normalized_shape, weight, None, dropout_p)
     p = float(dropout_p) if training else 0.0
-    inputs = AddRMSNormInputs(input, residual, normalized_shape, weight, _rms_eps(residual, eps), p, None)
+    inputs = AddRMSNormInputs(
+        input, residual, normalized_shape, weight, _rms_eps("add_rms_norm", residual, eps), p, None
+    )
     return ADD_RMS_NORM.choose(inputs)(*inputs)
 
 
@@ -181,14 +186,14 @@ _FP32_UNDER_AUTOCAST = frozenset(
 
 
 def _autocast(op: str, input: Tensor) -> Tensor:
-    device = input.device.type
-    if (op, device) in _FP32_UNDER_AUTOCAST and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return input.float()
-    return input
+    if (op, input.device.type) not in _FP32_UNDER_AUTOCAST or input.dtype == torch.float64:
+        return input
+    return input if autocast_dtype(input) is None else input.float()
 
 
-def _rms_eps(input: Tensor, eps: float | None) -> float:
+def _rms_eps(op: str, input: Tensor, eps: float | None) -> float:
     if eps is not None:
+        check_number(op, "eps", eps)
         return eps
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
@@ -201,24 +206,24 @@ def _check(
     bias: Tensor | None,
     error: type[Exception] = RuntimeError,
 ) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
+    check_tensor(op, "input", input)
     if not isinstance(normalized_shape, (tuple, list)):
         kind = type(normalized_shape).__name__
         raise TypeError(f"{op}: normalized_shape must be a tuple or list of ints, got {kind}")
     shape = tuple(normalized_shape)
+    for size in shape:
+        check_integer(op, "normalized_shape's elements", size)
     if not shape or input.shape[-len(shape) :] != shape:
-        if any(not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool) for size in shape):
-            raise TypeError(f"{op}: normalized_shape must be a tuple or list of ints, got {normalized_shape}")
         need = "at least one dimension" if not shape else "the last dimensions of input"
+        longer = op == "rms_norm" and len(shape) > input.dim()  # where torch's rms_norm has an error of its own
+        error = ValueError if longer else error
         raise error(f"{op}: normalized_shape must be {need}, got {shape} for input of shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(parameter).__name__}")
+        check_tensor(op, name, parameter)
         if parameter.shape != shape:
             raise error(f"{op}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
         if parameter.device != input.device:
@@ -244,14 +249,12 @@ def _check_add(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     for name, tensor in (("input", input), ("residual", residual)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        check_tensor(op, name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
     if input.device != residual.device:
         raise ValueError(f"{op}: residual must be on {input.device} as input is, got {residual.device}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
+    check_probability(op, "dropout_p", dropout_p)
     if input.shape != residual.shape:
         try:
             input, residual = torch.broadcast_tensors(input, residual)

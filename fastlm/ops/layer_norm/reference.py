@@ -180,7 +180,7 @@ def _rows(x: Tensor, normalized_shape: Shape) -> Tensor:
 
 def _statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
     """mean, rstd (rows,); for RMS norm the mean is taken as 0."""
-    mean = torch.zeros_like(x[:, 0]) if rms else x.mean(-1)
+    mean = x.new_zeros(len(x)) if rms else x.mean(-1)
     return mean, ((x - mean[:, None]).square().mean(-1) + eps).rsqrt()
 
 
