@@ -3,6 +3,9 @@
 Importing this needs torch and numpy only; it patches nothing and touches no GPU.
 """
 
+import importlib
+from types import ModuleType
+
 from fastlm import functional
 from fastlm.info import info
 from fastlm.ops.registry import Backend, BackendError, explain, register_backend, use_backend
@@ -10,3 +13,10 @@ from fastlm.ops.registry import Backend, BackendError, explain, register_backend
 __version__ = "0.1.0"
 
 __all__ = ["Backend", "BackendError", "explain", "functional", "info", "register_backend", "use_backend"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`fastlm.models` and the like without an import of their own, loaded when first asked for."""
+    if name in ("data", "generation", "models", "train"):
+        return importlib.import_module(f"fastlm.{name}")
+    raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

@@ -185,7 +185,7 @@ class Op:
                 return functools.partial(self._through_op, ",".join(names))
         if auto or "reference" in names:
             return self.composite
-        raise BackendError(self._complaint(inputs, names, {}))
+        return functools.partial(self._through_op, ",".join(names))  # which raises with the reasons when it runs
 
     def _through_op(self, names: str, *inputs: Any) -> Any:
         return self._seeded(lambda *inputs: self.result(self.fwd(*inputs, names), inputs))(*inputs)
@@ -212,10 +212,10 @@ class Op:
             backend = self.backends.get(name)
             if backend is None:
                 rejected[name] = self._unknown()
-            elif backend.fwd is None:
-                rejected[name] = [f"runs outside torch.ops.fastlm.{self.name}_fwd"]
             elif reasons := backend.unfit(inputs):
                 rejected[name] = reasons
+            elif backend.fwd is None:
+                rejected[name] = [f"runs outside torch.ops.fastlm.{self.name}_fwd"]
             else:
                 return backend
         raise BackendError(self._complaint(inputs, _parse(names), rejected))

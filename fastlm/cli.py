@@ -1,0 +1,274 @@
+"""The `fastlm` command.
+
+What a user can get wrong ends in one line on stderr and exit code 2, a run that fails in 1, one that is stopped in 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+import torch
+
+import fastlm
+from fastlm.config import Config, nearest
+from fastlm.data import EOS_TOKEN
+from fastlm.models import GPT, GPTConfig
+from fastlm.models.pretrained import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["main"]
+
+# What `fastlm train` makes of no options: the model that learns most in two minutes on two cores.
+MODEL = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
+VOCAB_SIZE = 4096
+NEW_TOKENS = 200
+TEMPERATURE = 0.8
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with these arguments, the process's own if None; returns the exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print("usage: fastlm COMMAND [OPTION ...]\n")
+            print("\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()))
+            print("\nfastlm COMMAND --help lists the options of a command.")
+            return 0
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}")
+        return COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        print("\nfastlm: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (ValueError, TypeError, IndexError, OSError, ImportError, RuntimeError) as error:
+        print(f"fastlm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def train(argv: list[str]) -> int:
+    """train a GPT on text; without options on the sources of Python's library, for two minutes on two cores"""
+    from fastlm import data
+    from fastlm.train import TrainConfig, Trainer
+
+    parser = _Parser("train", train.__doc__)
+    parser.add_argument("--data", metavar="PATH", help="a folder of text files, or a file [Python's library]")
+    parser.add_argument("--name", help="of the run [that of the data]")
+    parser.add_argument("--out", metavar="DIR", help="where runs are kept [runs]")
+    parser.add_argument("--resume", action="store_true", help="go on with a run: the latest, or the one --name says")
+    parser.add_fields("model", GPTConfig, {**MODEL, "vocab_size": VOCAB_SIZE})
+    parser.add_fields("training", TrainConfig, {})
+    given = parser.parse(argv)
+
+    out, name = Path(given.pop("out", "runs")), given.pop("name", None)
+    if given.pop("resume", False):
+        folder, resume = _existing_run(out, name), True
+        settings = {**_saved_settings(folder), **given}
+    else:
+        folder, resume = _new_run(out, name, given.get("data")), False
+        settings = {**MODEL, "vocab_size": VOCAB_SIZE, "data": None, **given}
+        if "seq_len" in given and "max_seq_len" not in given:
+            settings["max_seq_len"] = given["seq_len"]
+    source = {key: settings[key] for key in ("data", "vocab_size")}
+    config = TrainConfig.from_dict(_only(settings, TrainConfig))
+    GPTConfig.from_dict(_only(settings, GPTConfig))  # whatever is wrong with it, say so before the text is read
+    dataset = data.prepare(**source, progress=_tell)
+    _tell(dataset.summary)
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig.from_dict({**_only(settings, GPTConfig), "vocab_size": dataset.vocab_size}))
+    trainer = Trainer(
+        model,
+        config,
+        dataset.train_tokens,
+        dataset.val_tokens,
+        folder=folder,
+        eval_bytes=dataset.val_bytes,
+        source=source,
+    )
+    if resume:
+        trainer.resume()
+    baselines = data.baselines(dataset, progress=_tell)
+    trainer.baselines = {"n-gram": baselines["ngram"]}
+    if not resume:
+        folder.mkdir(parents=True)
+        shutil.copyfile(dataset.tokenizer_path, folder / "tokenizer.json")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _tell(f"{folder}: {parameters / 1e6:.2f} M parameters, from step {trainer.step:,} to {config.steps:,}")
+    evaluation = trainer.train()
+    command = _command()
+    if trainer.interrupted or evaluation is None:
+        where = [] if out == Path("runs") else ["--out", str(out)]
+        print(f"stopped and saved at step {trainer.step:,}; to go on:")
+        print(f"  {shlex.join([command, 'train', '--resume', '--name', folder.name, *where])}")
+        return 130
+    print(f"\nvalidation loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.1f}\n")
+    print("bits per byte of the validation text")
+    print(f"  this model                    {evaluation.bits_per_byte:.3f}")
+    print(f"  n-gram of six bytes           {baselines['ngram']:.3f}")
+    print(f"  xz alone                      {baselines['xz']:.3f}")
+    print(f"  xz, given the training text   {baselines['xz_given_train']:.3f}")
+    print(f"\nA sample at temperature {TEMPERATURE}:\n")
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
+    _print_text(model.eval(), dataset.tokenizer(), "", **sampling)
+    print(
+        f"\nCurves in {folder / 'loss.png'}. Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '"
+    )
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """continue a text with a trained model"""
+    from fastlm import data
+    from fastlm.train import checkpoint
+
+    parser = _Parser("generate", generate.__doc__)
+    parser.add_argument("directory", metavar="RUN_OR_DIR", help="a run, or a folder with a model and tokenizer.json")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to go on from [the start of a document]")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, help=f"[{NEW_TOKENS}, or fewer where the model ends]"
+    )
+    parser.add_argument("--temperature", metavar="X", type=float, help=f"[{TEMPERATURE}]")
+    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens [0: from all]")
+    parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that hold this much [1]")
+    parser.add_argument("--seed", metavar="N", type=int, help="of the draws [new ones every time]")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token every time")
+    given = parser.parse(argv)
+
+    folder = Path(given.pop("directory"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such run or model: {folder}")
+    last = checkpoint.latest(folder)
+    if last is None and (folder / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    tokenizers = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
+    tokenizer = data.load_tokenizer(next((path for path in tokenizers if path.exists()), tokenizers[0]))
+    model = GPT.from_pretrained(last or folder)
+    given = {"prompt": "", "temperature": TEMPERATURE, "do_sample": not given.pop("greedy", False), **given}
+    _print_text(model, tokenizer, **given)
+    return 0
+
+
+def info(argv: list[str]) -> int:
+    """say what this installation has and lacks"""
+    _Parser("info", info.__doc__).parse(argv)
+    print(fastlm.info())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "info": info}
+
+
+class _Parser(argparse.ArgumentParser):
+    """`parse` gives only what was given, and raises ValueError with one line."""
+
+    def __init__(self, command: str, description: str | None) -> None:
+        super().__init__(f"fastlm {command}", description=description, allow_abbrev=False)
+
+    def add_fields(self, title: str, kind: type[Config], defaults: Mapping[str, Any]) -> None:
+        """An option for every field of a configuration."""
+        group, documentation = self.add_argument_group(title), kind.documentation()
+        for name, hint in kind.hints().items():
+            default = defaults.get(name, getattr(kind, name, None))
+            options: dict[str, Any] = {"help": f"{documentation[name]} [{default}]", "dest": name}
+            if hint is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif get_origin(hint) is Literal:
+                options["choices"] = get_args(hint)
+            else:
+                options["type"] = next(iter(get_args(hint)), hint)
+                options["metavar"] = {int: "N", float: "X"}.get(options["type"], "TEXT")
+            group.add_argument("--" + name.replace("_", "-"), **options)
+
+    def parse(self, argv: list[str]) -> dict[str, Any]:
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        options, unknown = self.parse_known_args(argv)
+        for argument in unknown:
+            option = argument.partition("=")[0]
+            kind = "option" if option.startswith("-") else "argument"
+            raise ValueError(f"unknown {kind} {option}{nearest(option, self._option_string_actions)}")
+        return vars(options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(re.sub(r"^argument ", "", message))
+
+
+def _only(settings: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key in kind.hints()}
+
+
+def _new_run(out: Path, name: str | None, data: str | None) -> Path:
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise ValueError(f"--name must be the name of a folder, got {name!r}")
+    if name is not None and (out / name).exists():
+        raise FileExistsError(
+            f"{out / name} exists: --resume --name {name} goes on with it, another --name starts anew"
+        )
+    base = "stdlib" if data is None else Path(data).resolve().stem or "root"
+    names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
+    return out / (name or next(name for name in names if not (out / name).exists()))
+
+
+def _existing_run(out: Path, name: str | None) -> Path:
+    runs = [path.parent for path in out.glob("*/config.json") if name in (None, path.parent.name)]
+    if not runs:
+        raise FileNotFoundError(f"there is no run to resume in {out}" if name is None else f"no such run: {out / name}")
+    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    saved = read_json(folder / "config.json")
+    try:
+        return {**saved["model"], **saved["train"], **saved["source"]}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} is not the configuration of a run") from None
+
+
+def _print_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None, **options: Any
+) -> None:
+    """Print the prompt and, as it comes, what the model adds to it. A character is printed when all of it is there."""
+    ids = tokenizer.encode(prompt).ids
+    start = tokenizer.token_to_id(EOS_TOKEN)
+    ids = ids if start is None else [start, *ids]  # in training it is what comes before a document
+    if not ids:
+        raise ValueError("a model without an end-of-text token needs a prompt")
+    room = model.config.max_seq_len - len(ids)
+    max_new_tokens = max(1, min(NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+    print(prompt, end="", flush=True)
+    new, shown = [], 0
+    for token in model.stream(torch.tensor([ids]), max_new_tokens, **options):
+        new.append(int(token))
+        text = tokenizer.decode(new, skip_special_tokens=False)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(new) == max_new_tokens:
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print()
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _command() -> str:
+    """How this command can be called again."""
+    if Path(sys.argv[0]).name != "fastlm":
+        return "fastlm"
+    return "fastlm" if shutil.which("fastlm") == str(Path(sys.argv[0]).resolve()) else sys.argv[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Complete models, one page each."""
+
+from fastlm.models.gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig"]

@@ -1,0 +1,56 @@
+"""The curves of a run as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlm.models.pretrained import replacing
+
+__all__ = ["plot_loss"]
+
+
+def plot_loss(
+    records: Sequence[Mapping[str, Any]],
+    path: Path,
+    bytes_per_token: float | None = None,
+    baselines: Mapping[str, float] | None = None,
+) -> None:
+    """Training loss, validation loss and baselines over the steps, as a PNG.
+
+    Args:
+        records: the lines of metrics.jsonl.
+        bytes_per_token: of the validation text; with it the axis on the right is in bits per byte of that text.
+        baselines: name to bits per byte, drawn as lines; they need `bytes_per_token`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    for key, name, color, marker in (("loss", "training", "C0", ""), ("val_loss", "validation", "C3", "o")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            label = f"{name}, {points[-1][1]:.3f} at the end"
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=1.2, label=label)
+    if bytes_per_token is not None:
+        nats = math.log(2) * bytes_per_token  # nats per token that make one bit per byte
+        for (name, bits), style in zip((baselines or {}).items(), ("--", "-.", ":"), strict=False):
+            label = f"{name}, {bits:.3f} bits per byte"
+            axes.axhline(bits * nats, color="0.4", linestyle=style, linewidth=1.0, label=label)
+        right = axes.secondary_yaxis("right", functions=(lambda y: np.divide(y, nats), lambda y: np.multiply(y, nats)))
+        right.set_ylabel("bits per byte of the validation text")
+        right.yaxis.set_major_formatter(ScalarFormatter())
+        right.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
