@@ -22,8 +22,8 @@ setup: $(BUILT)  ## Create .venv with the pinned versions and build the extensio
 train: setup  ## Train a small GPT on the Python standard library, about two minutes
 	$(BIN)/fastlm train $(ARGS)
 
-test: setup  ## Run the tests; ARGS="-k layer_norm" selects
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: setup  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check .

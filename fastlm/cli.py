@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 import torch
 
 import fastlm
+from fastlm import data
 from fastlm.config import Config, nearest
 from fastlm.data import EOS_TOKEN
 from fastlm.models import GPT, GPTConfig
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # What `fastlm train` makes of no options: the model that learns most in two minutes on two cores.
-MODEL = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
+MODEL = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256, "position": "alibi"}
 VOCAB_SIZE = 4096
 NEW_TOKENS = 200
 TEMPERATURE = 0.8
@@ -61,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """train a GPT on text; without options on the sources of Python's library, for two minutes on two cores"""
-    from fastlm import data
     from fastlm.train import TrainConfig, Trainer
 
     parser = _Parser("train", train.__doc__)
@@ -97,14 +97,12 @@ def train(argv: list[str]) -> int:
         folder=folder,
         eval_bytes=dataset.val_bytes,
         source=source,
+        tokenizer=dataset.tokenizer_path,
     )
     if resume:
         trainer.resume()
     baselines = data.baselines(dataset, progress=_tell)
     trainer.baselines = {"n-gram": baselines["ngram"]}
-    if not resume:
-        folder.mkdir(parents=True)
-        shutil.copyfile(dataset.tokenizer_path, folder / "tokenizer.json")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _tell(f"{folder}: {parameters / 1e6:.2f} M parameters, from step {trainer.step:,} to {config.steps:,}")
     evaluation = trainer.train()
@@ -131,7 +129,6 @@ def train(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue a text with a trained model"""
-    from fastlm import data
     from fastlm.train import checkpoint
 
     parser = _Parser("generate", generate.__doc__)
@@ -264,10 +261,10 @@ def _tell(line: str) -> None:
 
 
 def _command() -> str:
-    """How this command can be called again."""
-    if Path(sys.argv[0]).name != "fastlm":
-        return "fastlm"
-    return "fastlm" if shutil.which("fastlm") == str(Path(sys.argv[0]).resolve()) else sys.argv[0]
+    """How this command can be called again: by its name, or by its path where the name means another or nothing."""
+    called, known = sys.argv[0], shutil.which("fastlm")
+    by_path = Path(called).name == "fastlm" and not (known and os.path.samefile(called, known))
+    return called if by_path else "fastlm"
 
 
 if __name__ == "__main__":

@@ -270,5 +270,5 @@ def sinusoids(positions: Tensor, C: int) -> Tensor:
 def alibi_slopes(H: int, device: torch.device) -> Tensor:
     """(H,) fp32: 2^(-8i / n) for i = 1..n, n the power of 2 in H; further heads take the odd steps halfway between."""
     n = 2 ** (H.bit_length() - 1)
-    halves = torch.cat((torch.arange(2, 2 * n + 1, 2, device=device), torch.arange(1, 2 * (H - n), 2, device=device)))
-    return torch.exp2(halves * (-4 / n))
+    steps = torch.arange(2 * n, device=device) + 1
+    return torch.exp2(torch.cat((steps[1::2], steps[::2]))[:H] * (-4 / n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -14,26 +15,35 @@ def check_tensor(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def check_number(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+def check_number(op: str, name: str, value: Any) -> Any:
+    """A number of Python's, numpy's or a compiler's, as torch's schemas take it."""
+    if isinstance(value, (float, torch.SymInt, torch.SymFloat)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {value if value is None else type(value).__name__}")
+    return float(value)
 
 
-def check_not_negative(op: str, name: str, value: Any) -> None:
-    check_number(op, name, value)
+def check_not_negative(op: str, name: str, value: Any) -> Any:
+    value = check_number(op, name, value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{op}: {name} must be finite and at least 0, got {value}")
+    return value
 
 
-def check_probability(op: str, name: str, value: Any, error: type[Exception] = ValueError) -> None:
-    check_number(op, name, value)
+def check_probability(op: str, name: str, value: Any, error: type[Exception] = ValueError) -> Any:
+    value = check_number(op, name, value)
     if not 0.0 <= value <= 1.0:
         raise error(f"{op}: {name} must be between 0 and 1, got {value}")
+    return value
 
 
-def check_integer(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+def check_integer(op: str, name: str, value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an int, got {value if value is None else type(value).__name__}")
+    return int(value)
 
 
 def check_bool(op: str, name: str, value: Any) -> None:

@@ -230,13 +230,13 @@ class Op:
     # Running ----------------------------------------------------------------------------------------------------
 
     def _run_fwd(self, *args: Any) -> Any:
-        return self._kernel(self.inputs._make(args[:-1]), args[-1]).fwd(*args[:-1])  # type: ignore[misc]
+        return _contiguous(self._kernel(self.inputs._make(args[:-1]), args[-1]).fwd(*args[:-1]))  # type: ignore[misc]
 
     def _run_bwd(self, *args: Any) -> Any:
         given = dict(zip(self._bwd_names, args, strict=True))
         fields = self.inputs._fields
         inputs = self.inputs(*(given.get(self.stand_ins.get(name, name)) for name in fields))
-        return self._kernel(inputs, args[-1]).bwd(*args[:-1])  # type: ignore[misc]
+        return _contiguous(self._kernel(inputs, args[-1]).bwd(*args[:-1]))  # type: ignore[misc]
 
     def _fake_bwd(self, *args: Any) -> Any:
         given = dict(zip(self._bwd_names, args, strict=True))
@@ -245,7 +245,7 @@ class Op:
         for name, wanted in zip(self.differentiable, given["needs_grad"], strict=True):
             like: Any = given.get(self.stand_ins.get(name, name))
             dtype = given.get(f"{name}_dtype")
-            grads.append(torch.empty_like(like, dtype=dtype) if wanted else tensor.new_empty(0))
+            grads.append(like.new_empty(like.shape, dtype=dtype or like.dtype) if wanted else tensor.new_empty(0))
         return tuple(grads) if len(grads) > 1 else grads[0]
 
     @functools.cached_property
@@ -270,12 +270,22 @@ class Op:
             raise ValueError(f"{self.name}: backend {backend.name!r} needs either call, or fwd and bwd")
         if not backend.name.isidentifier() or backend.name == "auto":
             raise ValueError(f"{self.name}: backend name must be an identifier other than 'auto', got {backend.name!r}")
+        if before is not None and before not in self.auto:
+            raise ValueError(f"{self.name}: before must be one of {', '.join(self.auto)}, got {before!r}")
         self.backends[backend.name] = backend
         self._calls[backend.name] = self._through_function(backend.name)
         if before is not None:
-            order = [name for name in self.auto if name != backend.name]
-            order.insert(order.index(before), backend.name)
+            order = [name for name in self.auto if name != backend.name or name == before]
+            if backend.name != before:
+                order.insert(order.index(before), backend.name)
             self.auto = tuple(order)
+
+
+def _contiguous(outputs: Any) -> Any:
+    """What an op returns is contiguous whatever its inputs are, so that a compiler knows its strides."""
+    if isinstance(outputs, Tensor):
+        return outputs.contiguous()
+    return tuple([output.contiguous() for output in outputs])
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -40,8 +40,8 @@ class TrainConfig(Config):
     batch_size: int = 8
     seq_len: int = 256
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = 3e-3
-    muon_lr: float = 2e-2
+    lr: float = 1.2e-2
+    muon_lr: float = 1e-2
     weight_decay: float = 0.1
     warmup_steps: int = 50
     schedule: Literal["linear", "cosine"] = "linear"

@@ -26,8 +26,9 @@ class Progress:
 
         console = Console()
         if console.is_terminal:
-            self._live = Live("{task.description}", BarColumn(24), "{task.fields[figures]}", console=console)
-            self._task = self._live.add_task("", total=steps, figures="")
+            columns = ("{task.description}", BarColumn(24), "{task.fields[figures]}")
+            self._live = Live(*columns, console=console, refresh_per_second=2)
+            self._task = self._live.add_task("first steps", total=steps, figures="")
 
     def __enter__(self) -> Progress:
         if self._live is not None:

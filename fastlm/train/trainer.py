@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -56,6 +57,7 @@ class Trainer:
         eval_bytes: bytes of the text of `eval_data`, for bits per byte.
         baselines: name to bits per byte, lines in loss.png.
         source: where the data comes from, JSON values; kept in config.json and compared by `resume`.
+        tokenizer: the tokenizer.json to keep in the folder.
         quiet: print nothing.
 
     `train` goes from `step` to the end; `resume` first puts everything back to where the last checkpoint was taken.
@@ -76,15 +78,17 @@ class Trainer:
         eval_bytes: int | None = None,
         baselines: Mapping[str, float] | None = None,
         source: Mapping[str, Any] | None = None,
+        tokenizer: Path | None = None,
         quiet: bool = False,
     ) -> None:
         if config.seq_len > model.config.max_seq_len:
             need, got = model.config.max_seq_len, config.seq_len
             raise ValueError(f"Trainer: seq_len must be at most the model's max_seq_len, {need}, got {got}")
-        self.device = config.torch_device()
+        self.device, self._autocast = config.torch_device(), config.autocast()
         self.model, self.config = model.to(self.device), config
         self.train_data, self.eval_data, self.eval_bytes = train_data, eval_data, eval_bytes
         self.folder, self.baselines, self.quiet = None if folder is None else Path(folder), baselines, quiet
+        self.tokenizer = tokenizer
         self._shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         for tokens in (train_data, eval_data):
             if tokens is not None:
@@ -110,69 +114,64 @@ class Trainer:
 
         Returns the last evaluation. Raises NonFiniteError, leaving the last checkpoint as it is.
         """
-        if self.step == 0:
-            self._begin()
-        with _stop_signals() as received, Progress(self.config.steps, self.quiet) as progress:
-            while self.step < self.config.steps:
-                self._train_step(progress)
-                if self.eval_data is not None and self._due(self.config.eval_every):
+        config = self.config
+        with _stop_signals() as received, Progress(config.steps, self.quiet) as progress:
+            if self.step == 0:
+                self._begin()
+            while self.step < config.steps:
+                started = time.perf_counter()
+                factor = config.lr_factor(self.step)
+                self._train_step(factor)
+                means = self._means() if self._due(config.log_every) else None
+                self.seconds += time.perf_counter() - started
+                if means is not None:
+                    self._log(progress, *means, lr=config.lr * factor)
+                if self.eval_data is not None and self._due(config.eval_every):
                     self.evaluation = self.evaluate()
                     self._record({f"val_{name}": value for name, value in self.evaluation._asdict().items()})
                     progress.line(f"step {self.step:,}: validation {self.evaluation}")
-                if received or self._due(self.config.save_every):
+                if received or self._due(config.save_every):
                     self._save()
                 if received:
                     break
-        self.interrupted = self.step < self.config.steps
+        self.interrupted = self.step < config.steps
         if self.folder is not None and self.records:
             plot_loss(self.records, self.folder / "loss.png", self._bytes_per_token(), self.baselines)
         return self.evaluation
 
-    def _train_step(self, progress: Progress) -> None:
-        """The only sync with a GPU is where the sums are read."""
-        config, started = self.config, time.perf_counter()
+    def _train_step(self, lr_factor: float) -> None:
+        """One update. Nothing in it waits for the device."""
+        config = self.config
         x, y = (self._to_device(ids) for ids in data.batch(self.train_data, self.step, seed=config.seed, **self._shape))
         self.model.train()
-        with config.autocast():
+        with self._autocast:
             loss = self.model.loss(x, y)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
-        factor = config.lr_factor(self.step)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * lr_factor
             optimizer.step()
             optimizer.zero_grad()
         self._sums += torch.stack((loss.detach(), norm))
         self.step += 1
-        if self._due(config.log_every):
-            loss_mean, norm_mean = self._means()
-            self.seconds += time.perf_counter() - started
-            steps, seconds = self.step - self._logged[0], self.seconds - self._logged[1]
-            speed = steps * config.batch_size * config.seq_len / seconds
-            figures = {"loss": loss_mean, "lr": config.lr * factor, "grad_norm": norm_mean, "tokens_per_second": speed}
-            self._record({**figures, "seconds": self.seconds})
-            progress.update(self.step, loss_mean, speed, (config.steps - self.step) * seconds / steps)
-            self._sums.zero_()
-            self._logged = (self.step, self.seconds)
-        else:
-            self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """The mean loss over every token of `eval_data` after the first, in windows that do not overlap."""
         if self.eval_data is None:
             raise ValueError("Trainer.evaluate: there is no eval_data")
+        self._means()
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for x, y in data.eval_batches(self.eval_data, **self._shape):
             scored = int((y != -100).sum())
-            with self.config.autocast():
+            with self._autocast:
                 total += self.model.loss(self._to_device(x), self._to_device(y)).double() * scored
             count += scored
         loss = total.item() / count
         bits = None if self.eval_bytes is None else total.item() / math.log(2) / self.eval_bytes
-        return Evaluation(loss, math.exp(min(loss, 700.0)), bits)
+        return Evaluation(loss, math.exp(min(loss, 700.0)), bits)  # which exp still holds
 
     def resume(self) -> None:
         """Go back to the last checkpoint in `folder`.
@@ -196,6 +195,7 @@ class Trainer:
             path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
 
     def _begin(self) -> None:
+        """Seed, and make the folder, which must not hold a run."""
         torch.manual_seed(self.config.seed)
         if self.folder is None:
             return
@@ -204,6 +204,9 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "config.json") as path:
             path.write_text(json.dumps(self.description, indent=2) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            with replacing(self.folder / "tokenizer.json") as path:
+                shutil.copyfile(self.tokenizer, path)
         (self.folder / METRICS).touch()
 
     def _save(self) -> None:
@@ -217,7 +220,7 @@ class Trainer:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _means(self) -> tuple[float, float]:
-        """Of the loss and the gradient norm since the last log point, which is where they are seen to be finite."""
+        """Of loss and gradient norm since the last log point; waits for the device, raises if they are not finite."""
         steps = max(1, self.step - self._logged[0])
         loss, norm = (total / steps for total in self._sums.tolist())
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -228,6 +231,16 @@ class Trainer:
                 + (f"the last checkpoint is {last}" if last else "there is no checkpoint yet")
             )
         return loss, norm
+
+    def _log(self, progress: Progress, loss: float, norm: float, lr: float) -> None:
+        """Record the means since the last log point, and start anew."""
+        steps, seconds = self.step - self._logged[0], self.seconds - self._logged[1]
+        speed = steps * self.config.batch_size * self.config.seq_len / seconds
+        figures = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "seconds": self.seconds}
+        self._record(figures)
+        progress.update(self.step, loss, speed, (self.config.steps - self.step) * seconds / steps)
+        self._sums.zero_()
+        self._logged = (self.step, self.seconds)
 
     def _record(self, figures: dict[str, Any]) -> None:
         self.records.append({"step": self.step, **figures})

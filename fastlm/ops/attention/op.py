@@ -107,17 +107,18 @@ def scaled_dot_product_attention(
     Source: Vaswani et al. 2017 (arXiv 1706.03762); Dao 2023 (arXiv 2307.08691); Press et al. 2021 (arXiv 2108.12409).
     """
     op = "scaled_dot_product_attention"
-    window_left, window_right = _check_options(op, (query, key, value), dropout_p, is_causal, scale, window, softcap)
+    left, right, dropout_p, scale, softcap = _check_options(
+        op, (query, key, value), dropout_p, is_causal, scale, window, softcap
+    )
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_dense(op, query, key, value, attn_mask, enable_gqa)
     _check_batch(op, query, key, alibi_slopes, key_lengths, return_lse)
     shape = None
     if not query.dim() == key.dim() == value.dim() == 4 or not _same_batch(query, key, value, enable_gqa):
-        query, key, value, attn_mask, shape = _four_dimensions(query, key, value, attn_mask, enable_gqa)
-    scale = _scale(query, scale)
+        query, key, value, attn_mask, shape = _four_dimensions(op, query, key, value, attn_mask, enable_gqa)
     inputs = ScaledDotProductAttentionInputs(
-        query, key, value, attn_mask, is_causal, scale, window_left, window_right, alibi_slopes, softcap,
-        key_lengths, return_lse, float(dropout_p), None,
+        query, key, value, attn_mask, is_causal, scale, left, right, alibi_slopes, softcap,
+        key_lengths, return_lse, dropout_p, None,
     )  # fmt: skip
     result = SCALED_DOT_PRODUCT_ATTENTION.choose(inputs)(*inputs)
     return result if shape is None or return_lse else result.reshape(shape)
@@ -162,24 +163,21 @@ def varlen_attention(
     Source: Dao 2023 (arXiv 2307.08691).
     """
     op = "varlen_attention"
-    window_left, window_right = _check_options(op, (query, key, value), dropout_p, is_causal, scale, window, softcap)
+    left, right, dropout_p, scale, softcap = _check_options(
+        op, (query, key, value), dropout_p, is_causal, scale, window, softcap
+    )
     query, key, value, _ = _autocast(query, key, value, None)
     _check_packed(op, query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    check_integer(op, "max_seqlen_q", max_seqlen_q)
-    check_integer(op, "max_seqlen_k", max_seqlen_k)
-    scale = _scale(query, scale)
+    max_seqlen_q = check_integer(op, "max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_integer(op, "max_seqlen_k", max_seqlen_k)
     inputs = VarlenAttentionInputs(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale,
-        window_left, window_right, alibi_slopes, softcap, return_lse, float(dropout_p), None,
+        left, right, alibi_slopes, softcap, return_lse, dropout_p, None,
     )  # fmt: skip
     return VARLEN_ATTENTION.choose(inputs)(*inputs)
 
 
 # Checks and shapes ------------------------------------------------------------------------------------------------
-
-
-def _scale(query: Tensor, scale: float | None) -> float:
-    return float(scale) if scale is not None else float(max(1, query.shape[-1])) ** -0.5  # checked to be a number
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -199,23 +197,23 @@ def _check_options(
     scale: float | None,
     window: tuple[int, int] | None,
     softcap: float,
-) -> tuple[int, int]:
+) -> tuple[int, int, float, float, float]:
+    """-> window left and right, dropout_p, scale, softcap."""
     for name, x in zip(("query", "key", "value"), tensors, strict=True):
         check_tensor(op, name, x)
-    check_probability(op, "dropout_p", dropout_p, RuntimeError if op.startswith("scaled") else ValueError)
+    dropout_p = check_probability(op, "dropout_p", dropout_p, RuntimeError if op.startswith("scaled") else ValueError)
     check_bool(op, "is_causal", is_causal)
-    check_not_negative(op, "softcap", softcap)
-    if scale is not None:
-        check_number(op, "scale", scale)
+    softcap = check_not_negative(op, "softcap", softcap)
+    scale = tensors[0].shape[-1:].numel() ** -0.5 if scale is None and tensors[0].shape[-1:] != (0,) else scale
+    scale = 1.0 if scale is None else check_number(op, "scale", scale)
     if window is None:
-        return -1, -1
+        return -1, -1, dropout_p, scale, softcap
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"{op}: window must be (left, right), got {type(window).__name__}")
-    for size in window:
-        check_integer(op, "window's elements", size)
-    if len(window) != 2 or min(window) < -1:
+    sizes = [check_integer(op, "window's elements", size) for size in window]
+    if len(sizes) != 2 or min(sizes) < -1:
         raise ValueError(f"{op}: window must be (left, right), each -1 or more, got {window}")
-    return window[0], window[1]
+    return sizes[0], sizes[1], dropout_p, scale, softcap
 
 
 def _check_types(op: str, error: type[Exception], query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -232,6 +230,7 @@ def _check_dense(
     op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> None:
     _check_types(op, RuntimeError, query, key, value)
+    check_bool(op, "enable_gqa", enable_gqa)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 2:
             raise RuntimeError(f"{op}: {name} must have at least 2 dimensions (T, D), got shape {tuple(x.shape)}")
@@ -246,8 +245,11 @@ def _check_dense(
             if query.shape[-3] % max(1, x.shape[-3]) or (query.shape[-3] and not x.shape[-3]):
                 need = f"a number of heads that divides query's, {query.shape[-3]}"
                 raise RuntimeError(f"{op}: {name} must have {need}, got {x.shape[-3]}")
-    if attn_mask is None:
-        return
+    if attn_mask is not None:
+        _check_mask(op, query, key, attn_mask, enable_gqa)
+
+
+def _check_mask(op: str, query: Tensor, key: Tensor, attn_mask: Tensor, enable_gqa: bool) -> None:
     check_tensor(op, "attn_mask", attn_mask)
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"{op}: attn_mask must be bool, float32 or {query.dtype}, got {attn_mask.dtype}")
@@ -255,12 +257,21 @@ def _check_dense(
         raise RuntimeError(f"{op}: attn_mask must be on {query.device} as query is, got {attn_mask.device}")
     if attn_mask.dim() < 2:
         raise IndexError(f"{op}: attn_mask must have at least 2 dimensions (T_q, T_k), got {tuple(attn_mask.shape)}")
-    for size, full_size in zip(attn_mask.shape[-2:], (query.shape[-2], key.shape[-2]), strict=True):
-        if size not in (1, full_size):
-            full = (query.shape[-2], key.shape[-2])
-            raise RuntimeError(
-                f"{op}: attn_mask must broadcast to (..., {full[0]}, {full[1]}), got {tuple(attn_mask.shape)}"
-            )
+    heads = (1,) if enable_gqa else key.shape[-3:-2]
+    full = (*_broadcast(op, query.shape[:-2], (*key.shape[:-3], *heads)), query.shape[-2], key.shape[-2])
+    sizes = tuple(attn_mask.shape)
+    if len(sizes) > len(full) or any(
+        size not in (1, need) for size, need in zip(sizes[::-1], full[::-1], strict=False)
+    ):
+        raise RuntimeError(f"{op}: attn_mask must broadcast to {full}, got {sizes}")
+
+
+def _broadcast(op: str, *batches: tuple[int, ...]) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        got = " and ".join(str(tuple(batch)) for batch in dict.fromkeys(batches))
+        raise RuntimeError(f"{op}: query must broadcast with key and value before (T, D), got {got} there") from None
 
 
 def _check_batch(
@@ -369,12 +380,12 @@ def _same_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
 
 
 def _four_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
     """Any ranks and broadcasting batch dimensions as (B, H, T, D), and the shape that the output is to have."""
     queries, keys = query.shape[-2], key.shape[-2]
     heads = 1 if enable_gqa else 0  # dimensions before (T, D) that need not broadcast
-    lead = torch.broadcast_shapes(*(x.shape[: x.dim() - 2 - heads] for x in (query, key, value)))
+    lead = _broadcast(op, *(x.shape[: x.dim() - 2 - heads] for x in (query, key, value)))
     full = lead + query.shape[query.dim() - 2 - heads : query.dim() - 2]
 
     def merged(x: Tensor, own: torch.Size) -> Tensor:
@@ -510,8 +521,7 @@ def _native_attention(*args: Any) -> Tensor:
     mask = _native_mask(inputs)
     return torch.nn.functional.scaled_dot_product_attention(
         inputs.query,
-        inputs.key,
-        inputs.value,
+        *reference.filled_only(inputs.key, inputs.value, inputs.key_lengths),
         mask,
         inputs.dropout_p,
         inputs.is_causal and mask is None,
@@ -540,8 +550,10 @@ def _native_varlen(*args: Any) -> Tensor:
             inputs.softcap, lengths, False, inputs.dropout_p, None,
         )  # fmt: skip
         outputs.append(output[0].transpose(0, 1))
-    empty = (*inputs.query.shape[:2], inputs.value.shape[2])
-    return torch.cat(outputs) if outputs else inputs.query.sum(2, keepdim=True).expand(empty)
+    if outputs:
+        return torch.cat(outputs)
+    nothing = inputs.query.sum() + inputs.key.sum() + inputs.value.sum()  # no rows, but part of the graph
+    return nothing.expand(*inputs.query.shape[:2], inputs.value.shape[2])
 
 
 def _native_lacks(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:

@@ -189,6 +189,14 @@ def visible(
     return distance >= -left if right < 0 else (distance >= -left) & (distance <= right)
 
 
+def filled_only(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """key and value with zeros where a cache is not filled: a nan there, times the probability 0, would be nan."""
+    if key_lengths is None:
+        return key, value
+    unfilled = (torch.arange(key.shape[2], device=key.device) >= key_lengths[:, None])[:, None, :, None]
+    return key.masked_fill(unfilled, 0.0), value.masked_fill(unfilled, 0.0)
+
+
 def alibi(slopes: Tensor, queries: int, keys: int, offset: Tensor | int) -> Tensor:
     """-slope * |i + offset - j|, (1 or B, H, queries, keys)."""
     distance = torch.arange(queries, device=slopes.device)[:, None] + offset - torch.arange(keys, device=slopes.device)
@@ -241,6 +249,7 @@ def _dropped(x: Tensor, scores: Scores) -> Tensor:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     heads = query.shape[1]
+    key, value = filled_only(key, value, scores.key_lengths)
     p, lse, _ = _probabilities(_wide(query), _heads(key, heads), scores)
     return (_dropped(p, scores) @ _heads(value, heads)).to(query.dtype), lse
 
@@ -250,6 +259,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value, and of what is added to the scores."""
     heads, grad = query.shape[1], _wide(grad_output)
+    key, value = filled_only(key, value, scores.key_lengths)
     q, k, v = _wide(query), _heads(key, heads), _heads(value, heads)
     p, _, slope = _probabilities(q, k, scores)
     dp = _dropped(grad @ v.transpose(-1, -2), scores)

@@ -89,15 +89,15 @@ def cross_entropy(
     Source: de Brébisson and Vincent 2016 (arXiv 1604.08859) for z_loss; Gemma Team 2024 (arXiv 2408.00118) for softcap.
     """
     check_tensor("cross_entropy", "input", input)
-    options = (reduction, label_smoothing, z_loss, softcap)
-    target = _check("cross_entropy", input, input.shape, target, weight, ignore_index, *options)
+    options = _check_options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
+    target = _check("cross_entropy", input, input.shape, target, weight, options[0])
     if autocast_dtype(input) is not None and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()
     if _wider(input, target, weight):
         input = input.double()
     if inplace_backward and input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         input = _overwritten(input)
-    inputs = CrossEntropyInputs(input, target, weight, ignore_index, *options)
+    inputs = CrossEntropyInputs(input, target, weight, *options)
     return CROSS_ENTROPY.choose(inputs)(*inputs)
 
 
@@ -131,8 +131,8 @@ def linear_cross_entropy(
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     shape = _check_linear(input, linear_weight, linear_bias)
-    options = (reduction, label_smoothing, z_loss, softcap)
-    target = _check("linear_cross_entropy", input, shape, target, weight, ignore_index, *options)
+    options = _check_options("linear_cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
+    target = _check("linear_cross_entropy", input, shape, target, weight, options[0])
     dtype = autocast_dtype(input)
     if dtype is not None and input.dtype != torch.float64:
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
@@ -154,9 +154,7 @@ def linear_cross_entropy(
         )
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)]
-    inputs = LinearCrossEntropyInputs(
-        input, linear_weight, target, linear_bias, weight, ignore_index, *options, needs_grad
-    )
+    inputs = LinearCrossEntropyInputs(input, linear_weight, target, linear_bias, weight, *options, needs_grad)
     return LINEAR_CROSS_ENTROPY.choose(inputs)(*inputs)
 
 
@@ -202,21 +200,11 @@ def _check(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
 ) -> Tensor:
-    """Checks everything about logits of this shape, in the dtype and on the device of `input`; returns the target."""
+    """Checks tensors for logits of this shape, in the dtype and on the device of `input`; returns the target."""
     check_tensor(op, "target", target)
-    check_integer(op, "ignore_index", ignore_index)
-    check_probability(op, "label_smoothing", label_smoothing, RuntimeError)
-    check_not_negative(op, "z_loss", z_loss)
-    check_not_negative(op, "softcap", softcap)
     if not input.is_floating_point():
         raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if target.device != input.device:
         raise RuntimeError(f"{op}: target must be on {input.device} as input is, got {target.device}")
     shape = tuple(shape)
@@ -233,7 +221,8 @@ def _check(
         if not rows and tuple(target.shape) == (1,):  # as torch, one index for the one row of (C,) logits
             target = target.reshape(())
         if tuple(target.shape) != rows:
-            error = ValueError if rows and (not target.dim() or target.shape[0] != rows[0]) else RuntimeError
+            sizes = rows or (classes,)  # torch compares the first of these with the target's first
+            error = ValueError if not target.dim() or target.shape[0] != sizes[0] else RuntimeError
             raise error(f"{op}: target must have shape {rows} or {shape} for logits {shape}, got {tuple(target.shape)}")
         if target.dtype not in (torch.int64, torch.uint8):
             raise RuntimeError(f"{op}: target must be int64 or uint8 class indices, got {target.dtype}")
@@ -242,13 +231,29 @@ def _check(
     return target
 
 
+def _check_options(
+    op: str, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float, softcap: float
+) -> tuple[int, str, float, float, float]:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return (
+        check_integer(op, "ignore_index", ignore_index),
+        reduction,
+        check_probability(op, "label_smoothing", label_smoothing, RuntimeError),
+        check_not_negative(op, "z_loss", z_loss),
+        check_not_negative(op, "softcap", softcap),
+    )
+
+
 def _check_weight(op: str, input: Tensor, classes: int, target: Tensor, weight: Tensor) -> None:
     check_tensor(op, "weight", weight)
     probabilities = target.is_floating_point()
     if tuple(weight.shape) != (classes,):
         raise RuntimeError(f"{op}: weight must have shape {(classes,)}, one per class, got {tuple(weight.shape)}")
     if not weight.is_floating_point() or not (
-        weight.dtype == input.dtype or probabilities or autocast_dtype(input) is not None
+        weight.dtype == input.dtype
+        or probabilities
+        or (autocast_dtype(input) is not None and input.dtype != torch.float64)
     ):
         raise RuntimeError(f"{op}: weight must be {input.dtype} as input is, got {weight.dtype}")
     if weight.device != input.device:

@@ -84,7 +84,7 @@ def cross_entropy_bwd(
     upstream = grad_loss.to(x.dtype).reshape(-1, 1)
     grad = _logit_gradient(x, (x - lse).exp(), lse, targets, upstream / divisor, upstream / z_divisor * z_loss, softcap)
     classes_last = grad.reshape(*_loss_shape(input, "none"), x.shape[-1])
-    return classes_last.movedim(-1, _class_dim(input)).to(input.dtype, memory_format=torch.contiguous_format)
+    return classes_last.movedim(-1, _class_dim(input)).to(input.dtype)
 
 
 def linear_cross_entropy_fwd(
@@ -183,7 +183,7 @@ def linear_cross_entropy_bwd(
 
 def _scaled(grad: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
     """grad * factor in the shape and dtype of `like`; block by block, so that no product in fp32 is kept."""
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    result = like.new_empty(like.shape)
     target, grad = (x if x.dim() == 2 else x[None] for x in (result, grad.reshape(result.shape)))
     for block in _blocks(slice(0, len(grad)), grad):
         target[block] = grad[block] if factor is None else grad[block] * factor
@@ -197,10 +197,10 @@ class _GradientSums:
         self.x, self.linear_weight, self.needs_grad = x, weight, needs_grad
         self.needed = any(needs_grad)
         self.dtype, empty = _wide_dtype(x), x.new_empty(0)
-        self.input = torch.empty_like(x) if needs_grad[0] else empty
-        self.weight = torch.zeros_like(weight, dtype=self.dtype) if needs_grad[1] else empty.clone()
+        self.input = x.new_empty(x.shape) if needs_grad[0] else empty
+        self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needs_grad[1] else empty.clone()
         self.bias = x.new_zeros(len(weight), dtype=self.dtype) if needs_grad[2] else empty.clone()
-        self.workspace = torch.empty_like(weight) if needs_grad[1] and x.dtype != self.dtype else empty
+        self.workspace = weight.new_empty(weight.shape) if needs_grad[1] and x.dtype != self.dtype else empty
 
     def add(self, rows: slice, grad: Tensor) -> None:
         if self.needs_grad[0]:

@@ -80,7 +80,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
     _check("layer_norm", input, normalized_shape, weight, bias)
-    check_number("layer_norm", "eps", eps)
+    eps = check_number("layer_norm", "eps", eps)
     inputs = LayerNormInputs(_autocast("layer_norm", input), normalized_shape, weight, bias, eps)
     return LAYER_NORM.choose(inputs)(*inputs)
 
@@ -142,9 +142,9 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes or a probability that do not fit. TypeError: an argument of the wrong type.
     """
-    input, residual = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
-    check_number("add_layer_norm", "eps", eps)
-    p = float(dropout_p) if training else 0.0
+    input, residual, p = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
+    eps = check_number("add_layer_norm", "eps", eps)
+    p = p if training else 0.0
     inputs = AddLayerNormInputs(input, residual, normalized_shape, weight, bias, eps, p, None)
     return ADD_LAYER_NORM.choose(inputs)(*inputs)
 
@@ -166,8 +166,8 @@ def add_rms_norm(
 
     Arguments, result and errors as `add_layer_norm`'s; `eps` as in `rms_norm`.
     """
-    input, residual = _check_add("add_rms_norm", input, residual, normalized_shape, weight, None, dropout_p)
-    p = float(dropout_p) if training else 0.0
+    input, residual, p = _check_add("add_rms_norm", input, residual, normalized_shape, weight, None, dropout_p)
+    p = p if training else 0.0
     inputs = AddRMSNormInputs(
         input, residual, normalized_shape, weight, _rms_eps("add_rms_norm", residual, eps), p, None
     )
@@ -193,8 +193,7 @@ def _autocast(op: str, input: Tensor) -> Tensor:
 
 def _rms_eps(op: str, input: Tensor, eps: float | None) -> float:
     if eps is not None:
-        check_number(op, "eps", eps)
-        return eps
+        return check_number(op, "eps", eps)
     return torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
 
 
@@ -210,9 +209,7 @@ def _check(
     if not isinstance(normalized_shape, (tuple, list)):
         kind = type(normalized_shape).__name__
         raise TypeError(f"{op}: normalized_shape must be a tuple or list of ints, got {kind}")
-    shape = tuple(normalized_shape)
-    for size in shape:
-        check_integer(op, "normalized_shape's elements", size)
+    shape = tuple(check_integer(op, "normalized_shape's elements", size) for size in normalized_shape)
     if not shape or input.shape[-len(shape) :] != shape:
         need = "at least one dimension" if not shape else "the last dimensions of input"
         longer = op == "rms_norm" and len(shape) > input.dim()  # where torch's rms_norm has an error of its own
@@ -247,14 +244,14 @@ def _check_add(
     weight: Tensor | None,
     bias: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     for name, tensor in (("input", input), ("residual", residual)):
         check_tensor(op, name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
     if input.device != residual.device:
         raise ValueError(f"{op}: residual must be on {input.device} as input is, got {residual.device}")
-    check_probability(op, "dropout_p", dropout_p)
+    dropout_p = check_probability(op, "dropout_p", dropout_p)
     if input.shape != residual.shape:
         try:
             input, residual = torch.broadcast_tensors(input, residual)
@@ -262,7 +259,7 @@ def _check_add(
             shapes = f"{tuple(input.shape)} and {tuple(residual.shape)}"
             raise ValueError(f"{op}: input and residual must broadcast, got shapes {shapes}") from None
     _check(op, input, normalized_shape, weight, bias, ValueError)
-    return input, residual
+    return input, residual, dropout_p
 
 
 # Torch ops ------------------------------------------------------------------------------------------------------
