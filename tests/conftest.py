@@ -1,6 +1,11 @@
 """Every test starts and ends with the process's own choice of backend and torch's own random state."""
 
+import os
+
 import pytest
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a graph cached on disk does not know that an op has changed
+
 import torch
 
 from fastlm.ops import registry
