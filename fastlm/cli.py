@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # What `fastlm train` makes of no options: the model that learns most in two minutes on two cores.
-MODEL = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256, "position": "alibi"}
+MODEL: dict[str, Any] = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
+MODEL |= {"position": "alibi", "activation": "relu"}
 VOCAB_SIZE = 4096
 NEW_TOKENS = 200
 TEMPERATURE = 0.8
@@ -153,8 +154,8 @@ def generate(argv: list[str]) -> int:
     tokenizers = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
     tokenizer = data.load_tokenizer(next((path for path in tokenizers if path.exists()), tokenizers[0]))
     model = GPT.from_pretrained(last or folder)
-    given = {"prompt": "", "temperature": TEMPERATURE, "do_sample": not given.pop("greedy", False), **given}
-    _print_text(model, tokenizer, **given)
+    sampling = {"temperature": TEMPERATURE, "do_sample": not given.pop("greedy", False), "seed": torch.seed()}
+    _print_text(model, tokenizer, **{"prompt": "", **sampling, **given})
     return 0
 
 

@@ -215,6 +215,14 @@ def test_generate_prints_the_prompt_and_what_follows(home, capsys):
     assert capsys.readouterr().out != out
 
 
+def test_generate_without_a_seed_draws_anew_in_every_process(home):
+    command = [sys.executable, "-m", "fastlm.cli", "generate", "runs/done"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    one, two = (process.communicate(timeout=120)[0] for process in processes)
+    assert len(one) > 20
+    assert one != two
+
+
 def test_generate_greedily_needs_no_seed_and_fills_the_context_at_most(home, capsys):
     capsys.readouterr()
     for _ in range(2):

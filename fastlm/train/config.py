@@ -36,7 +36,7 @@ class TrainConfig(Config):
         save_every: steps between two checkpoints; 0 leaves only the one at the end
     """
 
-    steps: int = 1000
+    steps: int = 450
     batch_size: int = 8
     seq_len: int = 256
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -50,8 +50,8 @@ class TrainConfig(Config):
     device: str = "auto"
     seed: int = 0
     log_every: int = 10
-    eval_every: int = 250
-    save_every: int = 250
+    eval_every: int = 150
+    save_every: int = 150
 
     def __post_init__(self) -> None:
         super().__post_init__()
