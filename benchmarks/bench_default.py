@@ -35,6 +35,10 @@ def plain_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, **opti
     return plain.cross_entropy(plain.linear(x, weight), target, **options)
 
 
+def plain_attention(*args: Any, alibi_slopes: None = None, **options: Any) -> Tensor:
+    return plain.scaled_dot_product_attention(*args, **options)
+
+
 PLAIN = SimpleNamespace(
     add_layer_norm=plain_add_norm(plain.layer_norm),
     add_rms_norm=plain_add_norm(plain.rms_norm),
@@ -43,7 +47,7 @@ PLAIN = SimpleNamespace(
     linear=plain.linear,
     linear_cross_entropy=plain_linear_cross_entropy,
     rms_norm=plain.rms_norm,
-    scaled_dot_product_attention=plain.scaled_dot_product_attention,
+    scaled_dot_product_attention=plain_attention,
 )
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2**27  # of one chunk's logits: few, large chunks keep the matrix products efficient
-BLOCK_ELEMENTS = 2**18  # of the logits that a CPU goes through at a time, so that they stay in its cache
+BLOCK_ELEMENTS = 2**19  # of the logits that a CPU goes through at a time, so that they stay in its cache
 
 
 class Targets(NamedTuple):
@@ -114,13 +114,13 @@ def linear_cross_entropy_fwd(
     sums = _GradientSums(x, linear_weight, linear_bias, needs_grad if reduction != "none" else (False,) * 3)
     for rows, logits in _chunks(x, linear_weight, linear_bias):
         for block in _blocks(rows, logits):
-            part = logits[block.start - rows.start : block.stop - rows.start]
+            part, part_targets = logits[block.start - rows.start : block.stop - rows.start], targets.at(block)
             capped = _capped(_wide(part), softcap)
             p = torch.softmax(capped, -1)  # whose largest element is exp(max - lse)
             lse[block] = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-            losses[block], z_losses[block] = _row_losses(capped, lse[block], targets.at(block), z_loss)
+            losses[block], z_losses[block] = _row_losses(capped, lse[block], part_targets, z_loss)
             if sums.needed:
-                part.copy_(_logit_gradient(capped, p, lse[block], targets.at(block), 1.0, z_scale, softcap))
+                part.copy_(_logit_gradient(capped, p, lse[block], part_targets, 1.0, z_scale, softcap))
         sums.add(rows, logits)
     loss = _reduced(losses, z_losses, targets, reduction).reshape(_loss_shape(input, reduction))
     return (
@@ -198,17 +198,20 @@ class _GradientSums:
         self.needed = any(needs_grad)
         self.dtype, empty = _wide_dtype(x), x.new_empty(0)
         self.input = x.new_empty(x.shape) if needs_grad[0] else empty
-        self.weight = weight.new_zeros(weight.shape, dtype=self.dtype) if needs_grad[1] else empty.clone()
+        create = weight.new_empty if len(x) else weight.new_zeros  # the first chunk, if there is one, fills it
+        self.weight = create(weight.shape, dtype=self.dtype) if needs_grad[1] else empty.clone()
         self.bias = x.new_zeros(len(weight), dtype=self.dtype) if needs_grad[2] else empty.clone()
         self.workspace = weight.new_empty(weight.shape) if needs_grad[1] and x.dtype != self.dtype else empty
 
     def add(self, rows: slice, grad: Tensor) -> None:
         if self.needs_grad[0]:
             torch.mm(grad, self.linear_weight, out=self.input[rows])
+        beta = 0.0 if rows.start == 0 else 1.0  # nothing to add to at first
         if self.needs_grad[1] and grad.dtype == self.dtype:
-            self.weight.addmm_(grad.T, self.x[rows])
+            self.weight.addmm_(grad.T, self.x[rows], beta=beta)
         elif self.needs_grad[1]:
-            self.weight.add_(torch.mm(grad.T, self.x[rows], out=self.workspace))
+            torch.mm(grad.T, self.x[rows], out=self.workspace)
+            self.weight.add_(self.workspace) if beta else self.weight.copy_(self.workspace)
         if self.needs_grad[2]:
             self.bias.add_(grad.sum(0, dtype=self.dtype))
 
