@@ -92,6 +92,7 @@ class Op:
         composite: the same function of the same inputs in plain differentiable torch operations: what a compiler
             decomposes to, and what function transforms and gradients that `bwd` lacks run through.
         auto: backends in the order in which "auto" tries them.
+        measured: the backend that a measurement puts first for such inputs, "" for none.
         fusable: under `torch.compile`, "auto" decomposes so that the op can be fused with its neighbours.
         result: the public result, from the outputs of `fwd` and the inputs.
         draws: the last two inputs are `dropout_p` and `rng_state`, which is drawn when one of our implementations runs.
@@ -112,11 +113,12 @@ class Op:
         fusable: bool,
         result: Callable[[tuple[Tensor, ...], Any], Any],
         draws: bool = False,
+        measured: Callable[[Any], str] = lambda inputs: "",
         beyond_bwd: Callable[[Any], list[str]] = _none,
         stand_ins: dict[str, str] | None = None,
     ) -> None:
         self.name, self.auto, self.fusable = name, auto, fusable
-        self.inputs, self.draws = inputs, draws
+        self.inputs, self.draws, self.measured = inputs, draws, measured
         self.composite = self._seeded(composite)
         self.result, self.beyond_bwd, self.stand_ins = result, beyond_bwd, stand_ins or {}
         self.backends: dict[str, Backend] = {}
@@ -137,7 +139,7 @@ class Op:
         plain = self._beyond_op(inputs)
         rejected = {}
         chosen = None
-        for name in self.auto if names == ("auto",) else self._expand(names):
+        for name in self._expand(names, inputs):
             reasons, call = self._candidate(name, inputs, plain)
             if not reasons:
                 chosen = name
@@ -149,9 +151,13 @@ class Op:
             raise BackendError(self._complaint(inputs, names, rejected))
         return call
 
-    def _expand(self, names: tuple[str, ...]) -> Iterator[str]:
+    def _expand(self, names: tuple[str, ...], inputs: Any) -> Iterator[str]:
         for name in names:
-            yield from self.auto if name == "auto" else (name,)
+            yield from self._auto(inputs) if name == "auto" else (name,)
+
+    def _auto(self, inputs: Any) -> tuple[str, ...]:
+        first = self.measured(inputs)
+        return (first, *(name for name in self.auto if name != first)) if first else self.auto
 
     def _candidate(self, name: str, inputs: Any, plain: list[str]) -> tuple[list[str], Any]:
         backend = self.backends.get(name)
@@ -176,7 +182,7 @@ class Op:
     def _choose_for_compiler(self, inputs: Any, names: tuple[str, ...]) -> Callable[..., Any]:
         """What a compiler traces: torch's own op, its decomposition, or our opaque op that chooses when it runs."""
         auto = names == ("auto",)
-        for name in self.auto if auto else names:
+        for name in self._auto(inputs) if auto else names:
             backend = self.backends.get(name)
             if backend is not None and backend.call is not None:
                 if not backend.unfit(inputs):
@@ -208,7 +214,7 @@ class Op:
     def _kernel(self, inputs: Any, names: str) -> Backend:
         """The backend that runs inside the op: as `choose`, among those that have `fwd` and `bwd`."""
         rejected = {}
-        for name in self._expand(_parse(names)):
+        for name in self._expand(_parse(names), inputs):
             backend = self.backends.get(name)
             if backend is None:
                 rejected[name] = self._unknown()

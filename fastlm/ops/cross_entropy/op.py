@@ -117,6 +117,8 @@ def linear_cross_entropy(
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)` without ever forming the logits in full.
 
     The rows are taken in chunks; "mean" and "sum" form the gradients in the forward pass, the weight's summed in fp32.
+    One exception: on a CPU in bf16 or fp16 "auto" is torch's own linear and cross_entropy, logits and all, since the
+    chunks are measured slower there; `use_backend("reference")` saves the memory.
 
     Args:
         input: (in_features,) or (N, in_features) hidden states.
@@ -372,6 +374,13 @@ CROSS_ENTROPY = Op(
     beyond_bwd=_beyond_bwd,
 )
 
+
+def _measured(inputs: LinearCrossEntropyInputs) -> str:
+    """In fp32 the chunks win on a CPU; in bf16 their fp32 sums cost 5 to 9% (benchmarks/bench_default.py)."""
+    x = inputs.input
+    return "native" if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else ""
+
+
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     inputs=LinearCrossEntropyInputs,
@@ -386,7 +395,8 @@ LINEAR_CROSS_ENTROPY = Op(
     fake_fwd=_fake_linear_cross_entropy,
     result=_public_loss,
     composite=_linear_composite,
-    auto=("reference", "native"),  # the reference never holds the logits, and is measured no slower
+    auto=("reference", "native"),  # torch's holds the logits in full
+    measured=_measured,
     fusable=False,
     beyond_bwd=_beyond_bwd,
 )
