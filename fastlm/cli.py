@@ -246,9 +246,10 @@ def _print_text(
         raise ValueError("a model without an end-of-text token needs a prompt")
     room = model.config.max_seq_len - len(ids)
     max_new_tokens = max(1, min(NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+    tokens = model.stream(torch.tensor([ids]), max_new_tokens, **options)  # raises before anything is printed
     print(prompt, end="", flush=True)
     new, shown = [], 0
-    for token in model.stream(torch.tensor([ids]), max_new_tokens, **options):
+    for token in tokens:
         new.append(int(token))
         text = tokenizer.decode(new, skip_special_tokens=False)
         if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(new) == max_new_tokens:
