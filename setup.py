@@ -1,9 +1,8 @@
 """Builds the native extension `fastlm._C`; everything declarative is in pyproject.toml.
 
-Builds what the machine can: CUDA and C++ kernels with nvcc and a compiler, C++ alone with only a compiler, pure Python
-with neither. FASTLM_BUILD=cuda|cpu|none asks for exactly one of these, and fails where it cannot be had.
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS and DEBUG mean what they mean to PyTorch's extensions. Nothing here looks
-for a GPU or imports torch. What was built, and why the rest was not, is left in fastlm/_build_info.json.
+Builds what the machine can: CUDA and C++ kernels, C++ alone, or pure Python; FASTLM_BUILD=cuda|cpu|none forces one of
+these. TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, MAX_JOBS and DEBUG mean what they mean to PyTorch's extensions. Looks for
+no GPU, imports no torch. fastlm/_build_info.json tells what was built, and why the rest was not.
 """
 
 import json
@@ -27,8 +26,10 @@ CSRC = ROOT / "csrc"
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 MODE = os.environ.get("FASTLM_BUILD", "")
 OPTIMISE = ["-O3", "-DNDEBUG"] if os.environ.get("DEBUG", "0") in ("", "0") else ["-O0", "-g"]
-CXX_FLAGS = ["-std=c++17", *OPTIMISE, "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+CXX_FLAGS = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra") + OPTIMISE
 NVCC_FLAGS = ["-std=c++17", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden,-fopenmp,-Wall"]
+X86 = {"avx2": "-march=haswell", "avx512": "-march=skylake-avx512", "avx512_bf16": "-march=cooperlake"}
+CPU_TARGETS = {"baseline": ""} | (X86 if sysconfig.get_platform().endswith("x86_64") else {})  # common/cpu_target.h
 ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # and PTX of the last one; 8.6 and 8.9 run the code for 8.0
 
 
@@ -84,8 +85,8 @@ def find_nvcc(cpu: dict) -> dict:
         sm = parts[1] + parts[2] + parts[3]
         flags.append(f"-gencode=arch=compute_{sm},code=[sm_{sm}{f',compute_{sm}' if parts[4] else ''}]")
     skipped = [] if asked else [name for name in ARCHITECTURES if name not in usual]
-    found = {"built": True, "reason": "", "command": nvcc, "compiler": f"nvcc {version[2]}", "version": version[1]}
-    return found | {"architectures": names, "architectures_skipped": skipped, "flags": flags}
+    found = {"architectures": names, "architectures_skipped": skipped, "flags": flags}
+    return found | {"built": True, "reason": "", "command": nvcc, "compiler": f"nvcc {version[2]}"}
 
 
 def compile_extension(cpu: dict, cuda: dict) -> Path:
@@ -97,7 +98,7 @@ def compile_extension(cpu: dict, cuda: dict) -> Path:
     (folder / "build_info.cpp").write_text(info)
     with open(folder / "build.ninja", "w") as file:
         ninja = Writer(file, width=10_000)
-        unit = f"-I{shlex.quote(str(CSRC))} $extra -MMD -MF $out.d -c $in -o $out"
+        unit = f"-I{shlex.quote(str(CSRC))} {'-DFASTLM_CUDA' * cuda['built']} $extra -MMD -MF $out.d -c $in -o $out"
         cxx = link = f"{cpu['command']} {shlex.join(cpu['flags'])}"
         ninja.rule("cxx", f"{cxx} {unit}", depfile="$out.d", deps="gcc")
         if cuda["built"]:
@@ -105,14 +106,13 @@ def compile_extension(cpu: dict, cuda: dict) -> Path:
             ninja.rule("nvcc", f"{nvcc} {unit}", depfile="$out.d", deps="gcc")
             link += " -cudart=static"  # looks for a driver at its first call, so that the module imports without one
         ninja.rule("link", f"{link} -shared $in -o $out")
-        python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        bindings = {"extra": shlex.join([*python, *(["-DFASTLM_CUDA"] if cuda["built"] else [])])}
+        python = shlex.join(["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")])
         objects = ninja.build("build_info.o", "cxx", "build_info.cpp")
         for source in sorted(path for path in CSRC.rglob("*") if path.suffix in rules):
-            extra = bindings if source.name == "bindings.cpp" else None
-            objects += ninja.build(f"{source.relative_to(CSRC)}.o", rules[source.suffix], str(source), variables=extra)
+            for name, flags in (CPU_TARGETS if source.name.endswith("_cpu.cpp") else {"": python}).items():
+                out, extra = f"{source.relative_to(CSRC)}{name}.o", f"{flags} -DFASTLM_CPU_TARGET={name}"
+                objects += ninja.build(out, rules[source.suffix], str(source), variables={"extra": extra})
         ninja.build(MODULE, "link", objects)
-
     ninja = [sys.executable, "-m", "ninja", "-C", str(folder)]
     (ROOT / "build" / "compile_commands.json").write_text(run(*ninja, "-t", "compdb").stdout)
     if subprocess.run([*ninja, f"-j{os.environ.get('MAX_JOBS') or os.cpu_count()}"]).returncode:

@@ -3,6 +3,10 @@
 // linked in and looks for one at its first call.
 #include <pybind11/pybind11.h>
 
+#include "common/bind.h"
+#include "common/cpu_target.h"
+#include "layer_norm/layer_norm.h"
+
 #ifdef FASTLM_CUDA
 #include "common/kernel_attributes.h"
 #endif
@@ -49,4 +53,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_attributes", &kernel_attributes,
         "One dict per CUDA kernel: registers, shared memory, spills and occupancy on the current device. Where these "
         "cannot be had, `status` says why and the numbers are left out.");
+
+  py::dict dtypes, cpu_targets;
+  for (int n = 0; n <= static_cast<int>(fastlm::DType::kFloat64); ++n) dtypes[fastlm::kDTypeNames[n]] = n;
+  for (int n = 0; n < fastlm::kCpuTargets; ++n) {
+    if (fastlm::cpu_target_runs(n)) cpu_targets[fastlm::kCpuTargetNames[n]] = n;
+  }
+  m.attr("DTYPES") = dtypes;
+  m.attr("CPU_TARGETS") = cpu_targets;  // variants of the CPU kernels that this processor runs, the best one last
+
+  fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");
+  fastlm::bind<&fastlm::layer_norm_bwd_cpu>(m, "layer_norm_bwd_cpu");
+#ifdef FASTLM_CUDA
+  fastlm::bind<&fastlm::layer_norm_fwd>(m, "layer_norm_fwd");
+  fastlm::bind<&fastlm::layer_norm_bwd>(m, "layer_norm_bwd");
+#endif
 }

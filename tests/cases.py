@@ -14,10 +14,12 @@ from typing import Any
 
 import formulas
 import hostile
+import pytest
 import torch
 import torch.nn.functional as T
 from torch import Tensor
 
+import fastlm
 import fastlm.functional as F
 from fastlm.ops.registry import OPS
 
@@ -138,6 +140,19 @@ def device_of(op: str, backend: str) -> str:
     if record is None or record.devices is None or "cpu" in record.devices or not torch.cuda.is_available():
         return "cpu"
     return sorted(record.devices)[0]
+
+
+def serves_here(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether the backend asked for serves this call on this machine. Where it does not, the call must say why."""
+    found = fastlm.explain(function, *args, **kwargs)
+    if found.backend is not None:
+        return True
+    with pytest.raises(fastlm.BackendError) as raised:
+        function(*args, **kwargs)
+    for name in found.preference:
+        assert found.reasons[name], name
+        assert all(reason in str(raised.value) for reason in found.reasons[name]), name
+    return False
 
 
 def backends_of(op: str) -> list[str]:

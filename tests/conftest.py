@@ -1,14 +1,58 @@
 """Every test starts and ends with the process's own choice of backend and torch's own random state."""
 
+import dataclasses
+import functools
 import os
 
+import numpy as np
 import pytest
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a graph cached on disk does not know that an op has changed
 
 import torch
 
-from fastlm.ops import registry
+if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastlm and triton are imported
+
+from fastlm.ops import compiled, registry
+from fastlm.ops.layer_norm.op import register_cpu
+
+
+@functools.cache
+def round_as_a_gpu_does():
+    """Makes Triton's interpreter round fp32 to bf16 to nearest, ties to even, where it would cut off the lower bits."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, kind):
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(self, source, kind)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+def interpreted(function):
+    def run(*args):
+        round_as_a_gpu_does()  # at the first call: importing fastlm imports no triton, nor do these tests before
+        with np.errstate(all="ignore"):  # numpy warns of every NaN and infinity
+            return function(*args)
+
+    return run
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    for op in registry.OPS.values():
+        if "triton" in op.backends:
+            record = op.backends["triton"]
+            op.register(dataclasses.replace(record, fwd=interpreted(record.fwd), bwd=interpreted(record.bwd)))
+
+if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which this one runs too
+    for target in list(compiled.extension().CPU_TARGETS)[:-1]:
+        register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +70,4 @@ def own_state():
     for name, op in registry.OPS.items():
         op.auto = order[name]
         op.backends, op._calls = backends[name]
+        op._chosen.clear()

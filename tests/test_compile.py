@@ -1,9 +1,11 @@
 """torch.compile: whole graphs, forward and backward equal to eager, dynamic shapes, and the choice of backend."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo
-from cases import call, function_of
+from cases import call, function_of, serves_here
 from errors import assert_within_rule
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -70,6 +72,18 @@ def both(function, tensors):
     return [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)]
 
 
+def count(op, backend, way, runs):
+    """Has a backend write into `runs` each time it runs."""
+    record = OPS[op].backends[backend]
+    run = getattr(record, way)
+
+    def counted(*args):
+        runs.append(f"{op} {way}")
+        return run(*args)
+
+    fastlm.register_backend(op, dataclasses.replace(record, **{way: counted}))
+
+
 def assert_same(ours, theirs):
     for our, true in zip(ours, theirs, strict=True):
         assert_within_rule(our, true, true)
@@ -82,6 +96,22 @@ def test_whole_graphs_forward_and_backward_equal_eager(function, backend):
     tensors = tensors_of(function, 8)
     with fastlm.use_backend(backend):
         assert_same(both(compiled, tensors), both(function, tensors))
+
+
+def test_the_cpu_kernels_run_under_the_compiler_and_give_the_same_bits_as_eager():
+    tensors = [x.detach().float().requires_grad_() for x in tensors_of(norms, 8)]
+    compiled = torch.compile(norms, fullgraph=True, backend="aot_eager")
+    with fastlm.use_backend("cpu"):
+        if not serves_here(F.layer_norm, tensors[0], (12,)):
+            return
+        eager, runs = both(norms, tensors), []
+        for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"):
+            for way in ("fwd", "bwd"):
+                count(op, "cpu", way, runs)
+        for one, two in zip(both(compiled, tensors), eager, strict=True):
+            assert torch.equal(one, two)
+    forward = ["add_layer_norm fwd", "layer_norm fwd", "add_rms_norm fwd", "rms_norm fwd"]
+    assert runs == [*forward, *(name.replace("fwd", "bwd") for name in reversed(forward))]
 
 
 @pytest.mark.parametrize("function", [norms, losses, attentions])

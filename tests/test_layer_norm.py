@@ -5,6 +5,7 @@ import hostile
 import pytest
 import torch
 import torch.nn.functional as T
+from cases import serves_here
 from errors import assert_within_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import fastlm
 import fastlm.functional as F
 
-BACKENDS = ["auto", "native", "reference"]
+BACKENDS = ["auto", "native", "reference", "cpu", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,7 +30,8 @@ def test_autocast_gives_the_dtypes_of_torch(op, dtype, backend):
                     getattr(F, op)(x, (8,), **options)
                 continue
             with fastlm.use_backend(backend):
-                assert getattr(F, op)(x, (8,), **options).dtype == expected
+                if serves_here(getattr(F, op), x, (8,), **options):
+                    assert getattr(F, op)(x, (8,), **options).dtype == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -40,8 +42,8 @@ def test_add_norms_give_the_inputs_and_the_residuals_dtype(op, dtype, residual_d
     x, residual = torch.randn(9, 8).to(dtype), torch.randn(9, 8).to(residual_dtype)
     leaves = [x.requires_grad_(), residual.requires_grad_()]
     with fastlm.use_backend(backend):
-        if fastlm.explain(getattr(F, op), x, residual, (8,)).backend is None:
-            assert backend == "native"
+        if not serves_here(getattr(F, op), x, residual, (8,)):
+            assert backend == "native" or torch.float64 in (dtype, residual_dtype)
             return
         output, stream = getattr(F, op)(x, residual, (8,))
     gradients = torch.autograd.grad([output, stream], leaves, [torch.ones_like(output), torch.ones_like(stream)])
@@ -111,6 +113,8 @@ def test_rms_norm_without_eps_takes_the_epsilon_of_its_arithmetic():
         exact = x.double() / (x.double().square() + eps).sqrt()
         for backend in BACKENDS:
             with fastlm.use_backend(backend):
+                if not serves_here(F.rms_norm, x, (4,)):
+                    continue
                 assert_within_rule(F.rms_norm(x, (4,)), T.rms_norm(x, (4,)), exact)
                 assert_within_rule(F.add_rms_norm(x, 0 * x, (4,))[0], T.rms_norm(x, (4,)), exact)
 

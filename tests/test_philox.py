@@ -5,6 +5,7 @@ import math
 import formulas
 import pytest
 import torch
+from cases import device_of, serves_here
 from errors import assert_within_rule
 
 import fastlm
@@ -178,9 +179,21 @@ def answers(function, tensors, options, dtype, wide=None):
     leaves = {name: x.to(dtypes.get(name, dtype)).requires_grad_() for name, x in tensors.items()}
     outputs = function(**leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [normal(*output.shape).to(torch.bfloat16).to(output.dtype) for output in outputs]
+    upstream = [normal(*output.shape).to(torch.bfloat16).to(output) for output in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    return [*outputs, *gradients], [*(f"output {n}" for n in range(len(outputs))), *leaves]
+    return [y.cpu() for y in (*outputs, *gradients)], [*(f"output {n}" for n in range(len(outputs))), *leaves]
+
+
+def ours(op, backend, tensors, options, dtype, wide=None):
+    """`answers` of a backend, on its device; None where it says that it cannot serve such a call on this machine."""
+    device = device_of(op, backend)
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    kinds = {name: (wide or dtype) if name in ("residual", "weight", "bias") else dtype for name in tensors}
+    with fastlm.use_backend(backend):
+        if serves_here(getattr(F, op), **{name: x.to(kinds[name]) for name, x in tensors.items()}, **options):
+            return answers(getattr(F, op), tensors, options, dtype, wide)[0]
+    return None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -188,16 +201,18 @@ def answers(function, tensors, options, dtype, wide=None):
 def test_dropout_is_the_formula_with_the_mask_of_its_random_state(op, backend, dtype):
     tensors, options, rows, columns = CALLS[op]()
     tensors = {name: x.to(torch.bfloat16).double() for name, x in tensors.items()}
+    like = torch.empty(0, device=device_of(op, backend))
     torch.manual_seed(1)
-    keep = keep_mask(torch.ops.fastlm.new_rng_state(rows), rows, columns, P)
+    keep = keep_mask(torch.ops.fastlm.new_rng_state(like).cpu(), rows, columns, P)
     formula = getattr(formulas, op)
     exact, names = answers(formula, tensors, options | {"keep": keep, "dropout_p": P}, torch.float64)
     wide = torch.promote_types(dtype, torch.float32)
     nearest, _ = answers(formula, tensors, options | {"keep": keep, "dropout_p": P}, wide)
     torch.manual_seed(1)
-    with fastlm.use_backend(backend):
-        ours, _ = answers(getattr(F, op), tensors, options | {"dropout_p": P}, dtype, wide)
-    for name, our, near, true in zip(names, ours, nearest, exact, strict=True):
+    results = ours(op, backend, tensors, options | {"dropout_p": P}, dtype, wide)
+    if results is None:
+        return
+    for name, our, near, true in zip(names, results, nearest, exact, strict=True):
         expected = wide if name in ("output 1", "residual", "weight", "bias") else dtype
         assert_within_rule(our, near.to(expected), true, name)
 
@@ -206,11 +221,12 @@ def test_dropout_is_the_formula_with_the_mask_of_its_random_state(op, backend, d
 def test_dropout_repeats_under_one_seed_and_changes_with_it(op, backend):
     tensors, options, _, _ = CALLS[op]()
     results = []
-    with fastlm.use_backend(backend):
-        for seed in (1, 1, 2):
+    for seed in (1, 1, 2, None):
+        if seed is not None:
             torch.manual_seed(seed)
-            results.append(answers(getattr(F, op), tensors, options | {"dropout_p": P}, torch.float32)[0])
-        results.append(answers(getattr(F, op), tensors, options | {"dropout_p": P}, torch.float32)[0])
+        results.append(ours(op, backend, tensors, options | {"dropout_p": P}, torch.float32))
+        if results[0] is None:
+            return
     for first, second in zip(results[0], results[1], strict=True):
         assert torch.equal(first, second)
     assert not torch.equal(results[0][0], results[2][0])
@@ -220,31 +236,36 @@ def test_dropout_repeats_under_one_seed_and_changes_with_it(op, backend):
 @pytest.mark.parametrize(("op", "backend"), EVERY)
 def test_dropout_of_0_draws_no_random_numbers_and_changes_nothing(op, backend):
     tensors, options, _, _ = CALLS[op]()
-    state = torch.get_rng_state()
-    with fastlm.use_backend(backend):
-        with_zero, _ = answers(getattr(F, op), tensors, options | {"dropout_p": 0.0}, torch.float32)
-        without, _ = answers(getattr(F, op), tensors, options, torch.float32)
-    assert torch.equal(state, torch.get_rng_state())
-    for first, second in zip(with_zero, without, strict=True):
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    with_zero = ours(op, backend, tensors, options | {"dropout_p": 0.0}, torch.float32)
+    without = ours(op, backend, tensors, options, torch.float32)
+    assert all(map(torch.equal, states, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
+    for first, second in zip(with_zero or (), without or (), strict=True):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("op", "backend"), EVERY)
-def test_dropout_of_1_drops_everything_without_nan(op, backend):
+def test_dropout_of_1_drops_everything_without_nan(op, backend, dtype):
     tensors, options, rows, columns = CALLS[op]()
-    with fastlm.use_backend(backend):
-        ours, names = answers(getattr(F, op), tensors, options | {"dropout_p": 1.0}, torch.float64)
-    keep = torch.zeros(*rows.shape, columns, dtype=torch.bool)
-    exact, _ = answers(getattr(formulas, op), tensors, options | {"dropout_p": 1.0, "keep": keep}, torch.float64)
-    for name, our, true in zip(names, ours, exact, strict=True):
-        assert_within_rule(our, true, true, name)
+    tensors = {name: x.float().double() for name, x in tensors.items()}
+    results = ours(op, backend, tensors, options | {"dropout_p": 1.0}, dtype)
+    if results is None:
+        return
+    keep = {"dropout_p": 1.0, "keep": torch.zeros(*rows.shape, columns, dtype=torch.bool)}
+    exact, names = answers(getattr(formulas, op), tensors, options | keep, torch.float64)
+    nearest, _ = answers(getattr(formulas, op), tensors, options | keep, dtype)
+    for name, our, near, true in zip(names, results, nearest, exact, strict=True):
+        assert_within_rule(our, near, true, name)
 
 
 @pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
-@pytest.mark.parametrize("backend", ["native", "reference", "auto"])
+@pytest.mark.parametrize("backend", ["native", "reference", "auto", "cpu", "triton"])
 def test_backward_drops_what_forward_dropped(op, backend):
     x = torch.full((64, 32), 5.0, requires_grad=True)
     with fastlm.use_backend(backend):
+        if not serves_here(getattr(F, op), x, torch.zeros(64, 32), (32,), dropout_p=P):
+            return
         _, stream = getattr(F, op)(x, torch.zeros(64, 32), (32,), dropout_p=P)
     stream.sum().backward()
     assert set(stream.unique().tolist()) == {0.0, torch.tensor(5.0).mul(1 / (1 - P)).item()}

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+from cases import serves_here
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 import fastlm.functional as F
@@ -35,6 +38,18 @@ def watched(name, log, **fields):
         return record.bwd(*args)
 
     return fastlm.Backend(name, fwd=fwd, bwd=bwd, **fields)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the ops that went through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -424,7 +439,8 @@ def test_what_is_asked_about_the_inputs_in_backward_has_their_names():
     with fastlm.use_backend("mine"):
         output, _ = F.add_layer_norm(x, residual, (8,), weight)
     before = len(seen)
-    output.sum().backward()
+    with Dispatched():  # past it the choice that forward made is not made again
+        output.sum().backward()
     assert len(seen) > before
     assert all(shapes == {"input": (3, 8), "residual": (3, 8), "weight": (8,)} for shapes in seen)
 
@@ -489,8 +505,79 @@ def test_inside_the_op_a_list_is_walked_and_errors_name_every_candidate(log):
     assert log == ["second forward"]
     with pytest.raises(RuntimeError) as raised:
         torch.ops.fastlm.layer_norm_fwd(*arguments, "cuda,native")
-    assert "cuda: layer_norm has no such backend" in str(raised.value)
+    assert "cuda: serves cuda tensors, got cpu" in str(raised.value)
     assert "native: runs outside torch.ops.fastlm.layer_norm_fwd" in str(raised.value)
+
+
+# Who watches the dispatcher -----------------------------------------------------------------------------------------
+
+OURS = ["reference", "cpu", "triton"]
+SEEN = ["fastlm::layer_norm_fwd", "fastlm::layer_norm_bwd"]
+
+
+def normed(backend, x=None):
+    """Layer norm of a backend and its backward; False where the backend cannot serve here."""
+    x = X.clone().requires_grad_() if x is None else x
+    with fastlm.use_backend(backend):
+        if not serves_here(F.layer_norm, x, (8,)):
+            return False
+        y = F.layer_norm(x, (8,))
+    y.sum().backward()
+    return True
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_a_dispatch_mode_sees_the_op_forward_and_backward(backend):
+    with Dispatched() as dispatched:
+        served = normed(backend)
+    assert [name for name in dispatched.names if "layer_norm" in name] == (SEEN if served else [])
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_the_profiler_sees_the_op_forward_and_backward(backend):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        served = normed(backend)
+    names = {event.name for event in profile.events()}
+    assert set(SEEN) <= names if served else not set(SEEN) & names
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_a_tensor_subclass_sees_the_op(backend):
+    class Wrapper(torch.Tensor):
+        names: typing.ClassVar = []
+
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad
+            )
+
+        def __init__(self, inner):
+            self.inner = inner.detach()
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            cls.names.append(function.name())
+            plain = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+            results = function(*plain, **(kwargs or {}))
+            if isinstance(results, tuple):
+                return tuple(cls(result) for result in results)
+            return cls(results)
+
+    served = normed(backend, Wrapper(X.clone().requires_grad_()))
+    assert [name for name in Wrapper.names if "layer_norm" in name] == (SEEN if served else [])
+
+
+def test_where_nobody_watches_the_backend_runs_past_the_dispatcher(log, monkeypatch):
+    def dispatched(*args):
+        raise ZeroDivisionError("through the dispatcher")
+
+    for name in ("fwd", "bwd"):
+        monkeypatch.setattr(OPS["layer_norm"], name, dispatched)
+    normed("first")
+    assert log == ["first forward", "first backward"]
+    with Dispatched(), pytest.raises(ZeroDivisionError, match="through the dispatcher"):
+        normed("first")
 
 
 # explain ------------------------------------------------------------------------------------------------------------
@@ -525,7 +612,7 @@ def test_explain_says_what_would_be_copied():
 
 def test_explain_of_what_nothing_can_serve_gives_reasons_instead_of_raising():
     with fastlm.use_backend("cuda,triton"):
-        found = fastlm.explain(F.layer_norm, X, (8,))
+        found = fastlm.explain(F.layer_norm, X.double(), (8,))
     assert found.backend is None
     assert "no backend" in str(found)
     assert set(found.reasons) >= {"cuda", "triton"}
@@ -604,4 +691,7 @@ def test_every_op_can_be_explained_and_names_a_backend_that_it_has():
             with fastlm.use_backend(name):
                 found = fastlm.explain(getattr(F, op), *arguments)
             assert found.backend in (name, None), op
-            assert (found.backend is None) == bool(OPS[op].backends[name].devices), op
+            record = OPS[op].backends[name]
+            serves = (record.devices is None or "cpu" in record.devices) and not record.available()
+            assert (found.backend == name) == serves, (op, name)
+            assert serves or found.reasons[name], (op, name)

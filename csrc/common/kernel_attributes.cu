@@ -7,7 +7,7 @@ namespace fastlm {
 namespace {
 
 struct Kernel {
-  const char* name;
+  std::string name;
   const void* function;
   int threads_per_block;
   size_t dynamic_shared_bytes;
@@ -39,8 +39,7 @@ cudaError_t query(const Kernel& kernel, KernelAttributes& result) {
 
 }  // namespace
 
-KernelRegistration::KernelRegistration(const char* name, const void* kernel, int threads_per_block,
-                                       size_t dynamic_shared_bytes) {
+void register_kernel(const std::string& name, const void* kernel, int threads_per_block, size_t dynamic_shared_bytes) {
   registry().push_back({name, kernel, threads_per_block, dynamic_shared_bytes});
 }
 

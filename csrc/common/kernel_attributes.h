@@ -1,8 +1,7 @@
 // Registry of CUDA kernels and what the compiler made of each: registers, shared memory, spills, blocks per
-// multiprocessor. A launcher's file registers its kernels at namespace scope:
+// multiprocessor. A launcher's file registers its kernels when the module is loaded:
 //
-//   static const fastlm::KernelRegistration registration(
-//       "layer_norm_fwd<bf16>", reinterpret_cast<const void*>(&layer_norm_fwd_kernel<bf16>), kThreads, kSharedBytes);
+//   const bool registered = (register_kernel("layer_norm_fwd<bf16>", layer_norm_fwd_kernel<__nv_bfloat16>, 256), true);
 #pragma once
 
 #include <cstddef>
@@ -25,10 +24,13 @@ struct KernelAttributes {
   int blocks_per_multiprocessor;
 };
 
-// One kernel instantiation, with the largest block its launcher starts; objects of this type have static storage.
-struct KernelRegistration {
-  KernelRegistration(const char* name, const void* kernel, int threads_per_block, size_t dynamic_shared_bytes);
-};
+// One kernel instantiation, with the largest block its launcher starts.
+void register_kernel(const std::string& name, const void* kernel, int threads_per_block, size_t dynamic_shared_bytes);
+
+template <typename Params>
+void register_kernel(const std::string& name, void (*kernel)(Params), int threads_per_block) {
+  register_kernel(name, reinterpret_cast<const void*>(kernel), threads_per_block, 0);
+}
 
 // All registered kernels, as the current device runs them. Without a driver or a device only `status` is filled in.
 std::vector<KernelAttributes> kernel_attributes();

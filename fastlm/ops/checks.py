@@ -9,6 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def fits(input: Any, shape: Any, *parameters: Any) -> bool:
+    """Whether this is the usual call, about which there is nothing to say: cheaper than looking for what is wrong.
+
+    Plain tensors; `shape` one int in a tuple, or a Size, the input's last dimensions; parameters None or of that shape
+    and of the input's dtype and device.
+    """
+    if type(input) not in TENSORS or not input.is_floating_point():
+        return False
+    if type(shape) is not torch.Size and (type(shape) is not tuple or len(shape) != 1 or type(shape[0]) is not int):
+        return False
+    if not shape or input.shape[-len(shape) :] != shape:
+        return False
+    for parameter in parameters:
+        if parameter is not None and (
+            type(parameter) not in TENSORS
+            or parameter.shape != shape
+            or parameter.dtype != input.dtype
+            or parameter.device != input.device
+        ):
+            return False
+    return True
+
 
 def check_tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
@@ -53,6 +78,8 @@ def check_bool(op: str, name: str, value: Any) -> None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of autocast where it is on for the tensor's device; None where it is off or there is none."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None

@@ -4,24 +4,30 @@ An `Op` is one public function: its torch schemas, its autograd and its table of
 devices and dtypes it serves and gives the `reasons` why it cannot serve particular inputs. Choosing walks a list of
 names and takes the first backend without a reason; if none is left, the error shows every candidate's reasons.
 
-The choice is made twice from the same inputs: in the public function, so that torch's own op is called directly when
-it is the best, and again inside `torch.ops.fastlm.<op>_fwd` and `_bwd`, so that a compiler never traces it.
+The public function chooses, and calls torch's own op, or ours, directly: a call through torch's dispatcher would cost
+more than a small kernel does. Where something watches the dispatcher (a compiler, a mode, a tensor subclass, the
+profiler), the call goes through `torch.ops.fastlm.<op>_fwd` and `_bwd`, which choose inside, so that no compiler traces
+the choice.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import operator
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+
+from fastlm.ops.checks import TENSORS
 
 KNOWN_NAMES = ("auto", "cuda", "triton", "cpu", "native", "reference")
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -67,8 +73,10 @@ class Backend:
     def unfit(self, inputs: Any) -> list[str]:
         """Why this backend cannot serve `inputs`; empty if it can."""
         tensor = inputs[0]
-        if self.devices is not None and tensor.device.type not in self.devices:
-            return [f"serves {', '.join(sorted(self.devices))} tensors, got {tensor.device.type}"]
+        if self.devices is not None:
+            device = "cpu" if tensor.is_cpu else tensor.device.type
+            if device not in self.devices:
+                return [f"serves {', '.join(sorted(self.devices))} tensors, got {device}"]
         if tensor.dtype not in self.dtypes:
             return [f"does not serve {tensor.dtype}"]
         missing = self.available()
@@ -98,6 +106,9 @@ class Op:
         draws: the last two inputs are `dropout_p` and `rng_state`, which is drawn when one of our implementations runs.
         beyond_bwd: why these inputs need gradients that `bwd` does not give; empty if they do not.
         stand_ins: for inputs that backward does not keep, the saved tensor that backends may look at instead.
+        one_gradient: from the arguments of `bwd` by name, whether its first two gradients are equal: then only the
+            second is asked for, and both inputs get that tensor, as torch's own addition does it.
+        key: from the inputs, all that the choice among backends depends on, so that it is made once for each.
     """
 
     def __init__(
@@ -116,12 +127,16 @@ class Op:
         measured: Callable[[Any], str] = lambda inputs: "",
         beyond_bwd: Callable[[Any], list[str]] = _none,
         stand_ins: dict[str, str] | None = None,
+        one_gradient: Callable[[dict[str, Any]], bool] | None = None,
+        key: Callable[[Any], tuple[Any, ...]] | None = None,
     ) -> None:
         self.name, self.auto, self.fusable = name, auto, fusable
-        self.inputs, self.draws, self.measured = inputs, draws, measured
+        self.inputs, self.draws, self.measured, self.one_gradient = inputs, draws, measured, one_gradient
         self.composite = self._seeded(composite)
         self.result, self.beyond_bwd, self.stand_ins = result, beyond_bwd, stand_ins or {}
+        self.key = key
         self.backends: dict[str, Backend] = {}
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
         self.fwd = _define(f"{name}_fwd{fwd}", self._run_fwd, fake_fwd)
         self.bwd = _define(f"{name}_bwd{bwd}", self._run_bwd, self._fake_bwd)
@@ -137,6 +152,11 @@ class Op:
         if torch.compiler.is_compiling():
             return self._choose_for_compiler(inputs, names)
         plain = self._beyond_op(inputs)
+        key = None
+        if self.key is not None and not plain and not _state.explaining:
+            key = (names, self.key(inputs))
+            if (known := self._chosen.get(key)) is not None:
+                return known
         rejected = {}
         chosen = None
         for name in self._expand(names, inputs):
@@ -149,11 +169,14 @@ class Op:
             raise _Explained(Explanation(self, inputs, names, chosen, rejected, plain))
         if chosen is None:
             raise BackendError(self._complaint(inputs, names, rejected))
+        if key is not None:
+            self._chosen[key] = call
         return call
 
-    def _expand(self, names: tuple[str, ...], inputs: Any) -> Iterator[str]:
-        for name in names:
-            yield from self._auto(inputs) if name == "auto" else (name,)
+    def _expand(self, names: tuple[str, ...], inputs: Any) -> Sequence[str]:
+        if names == ("auto",):
+            return self._auto(inputs)
+        return [each for name in names for each in (self._auto(inputs) if name == "auto" else (name,))]
 
     def _auto(self, inputs: Any) -> tuple[str, ...]:
         first = self.measured(inputs)
@@ -197,8 +220,35 @@ class Op:
         return self._seeded(lambda *inputs: self.result(self.fwd(*inputs, names), inputs))(*inputs)
 
     def _through_function(self, name: str) -> Callable[..., Any]:
-        apply, result = self.function.apply, self.result
-        return self._seeded(lambda *inputs: result(apply(*inputs, name), inputs))
+        # Function.apply without its preparations for torch.func, under which this is never called.
+        apply = super(torch.autograd.Function, self.function).apply  # type: ignore[misc]
+        result, run = self.result, self._eager_fwd
+
+        def call(*inputs: Any) -> Any:
+            if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in inputs]):
+                return result(apply(*inputs, name), inputs)
+            return result(run(*inputs, name), inputs)
+
+        return self._seeded(call)
+
+    def _eager_fwd(self, *args: Any) -> Any:
+        """`fwd` below autograd, past the dispatcher if nothing watches it. The last argument names the backend."""
+        backend = self.backends.get(args[-1])
+        if backend is None or backend.fwd is None or _watched(args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.fwd(*args)
+        return self._or_reference(backend, args[0]).fwd(*args[:-1])  # type: ignore[misc]
+
+    def _eager_bwd(self, *args: Any) -> Any:
+        backend = self.backends.get(args[-1])
+        if backend is None or backend.bwd is None or _watched(args):
+            return self.bwd(*args)
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        return self._or_reference(backend, tensor).bwd(*args[:-1])  # type: ignore[misc]
+
+    def _or_reference(self, backend: Backend, tensor: Tensor) -> Backend:
+        """No kernel meets an empty input."""
+        return backend if tensor.numel() else self.backends["reference"]
 
     def _seeded(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, with a fresh `rng_state` as last input where dropout needs one."""
@@ -223,7 +273,7 @@ class Op:
             elif backend.fwd is None:
                 rejected[name] = [f"runs outside torch.ops.fastlm.{self.name}_fwd"]
             else:
-                return backend
+                return self._or_reference(backend, inputs[0])
         raise BackendError(self._complaint(inputs, _parse(names), rejected))
 
     def _unknown(self) -> list[str]:
@@ -280,11 +330,22 @@ class Op:
             raise ValueError(f"{self.name}: before must be one of {', '.join(self.auto)}, got {before!r}")
         self.backends[backend.name] = backend
         self._calls[backend.name] = self._through_function(backend.name)
+        self._chosen.clear()
         if before is not None:
             order = [name for name in self.auto if name != backend.name or name == before]
             if backend.name != before:
                 order.insert(order.index(before), backend.name)
             self.auto = tuple(order)
+
+
+def _watched(args: Sequence[Any]) -> bool:
+    """Whether someone would miss a call that does not go through torch's dispatcher."""
+    if torch._C._len_torch_dispatch_stack() or _profiler_enabled() or torch._C._get_tracing_state() is not None:
+        return True
+    for arg in args:
+        if type(arg) not in TENSORS and isinstance(arg, Tensor):
+            return True
+    return False
 
 
 def _contiguous(outputs: Any) -> Any:
@@ -319,35 +380,49 @@ def _autograd_function(op: Op) -> Any:
     order = [*[arguments[n] for n in saved_inputs], *[outputs[n] for n in saved_outputs]]
     assert kept == [*order, *[arguments[n] for n in scalars], *dtypes], f"{op.name}_bwd: arguments out of order"
     differentiable = [arguments.index(name) for name in op.differentiable]
+    inputs_of, outputs_of = _picker(saved_inputs), _picker(saved_outputs)
+    scalars_of, typed_of = _picker(scalars), _picker(list(dtypes.values()))
+    statistics_of = _picker(list(statistics.values()))
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = op.fwd(*args)
-        ctx.save_for_backward(*[args[n] for n in saved_inputs], *[results[n] for n in saved_outputs])
-        ctx.rest = [*[args[n] for n in scalars], *[args[n].dtype for n in dtypes.values()]]
-        ctx.backend = args[-1]
-        ctx.mark_non_differentiable(*[results[n] for n in statistics.values()])
+        results = op._eager_fwd(*args)
+        ctx.save_for_backward(*inputs_of(args), *outputs_of(results))
+        ctx.rest = (*scalars_of(args), *[tensor.dtype for tensor in typed_of(args)], args[-1])
+        ctx.mark_non_differentiable(*statistics_of(results))
         ctx.set_materialize_grads(False)
         return results
 
     def backward(ctx: Any, *grads: Any) -> Any:
         result: list[Tensor | None] = [None] * len(arguments)
-        if all(grads[n] is None for n in upstream):
+        if all([grads[n] is None for n in upstream]):
             return tuple(result)
         needs_grad = [ctx.needs_input_grad[n] for n in differentiable]
-        given, saved = [grads[n] for n in upstream], ctx.saved_tensors
+        given, saved, (*rest, backend) = [grads[n] for n in upstream], ctx.saved_tensors, ctx.rest
+        both = False
+        if op.one_gradient is not None and needs_grad[0] and needs_grad[1]:
+            both = op.one_gradient(dict(zip(kept, (*saved, *rest), strict=True)))
+            needs_grad[0] = not both
         if torch.is_grad_enabled():  # double backward: the reference's is differentiable, if it forms statistics anew
             saved = [tensor if name not in statistics else None for name, tensor in zip(kept, saved, strict=False)]
-            gradients = op.backends["reference"].bwd(*given, *saved, *ctx.rest, needs_grad)  # type: ignore[misc]
+            gradients = op.backends["reference"].bwd(*given, *saved, *rest, needs_grad)  # type: ignore[misc]
         else:
-            gradients = op.bwd(*given, *saved, *ctx.rest, needs_grad, ctx.backend)
+            gradients = op._eager_bwd(*given, *saved, *rest, needs_grad, backend)
         gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
         for n, wanted, gradient in zip(differentiable, needs_grad, gradients, strict=True):
             result[n] = gradient if wanted else None
+        if both:
+            result[differentiable[0]] = result[differentiable[1]]
         return tuple(result)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(op.name, (torch.autograd.Function,), members)
+
+
+def _picker(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """The elements at certain places of a sequence, as a tuple."""
+    if len(places) < 2:
+        return lambda sequence: [sequence[n] for n in places]
+    return operator.itemgetter(*places)
 
 
 def register_backend(op: str, backend: Backend, *, before: str | None = None) -> None:

@@ -5,15 +5,20 @@ Statistics are kept for backward in one fp32 tensor (fp64 for fp64): (2, rows) m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor
-from fastlm.ops.layer_norm import reference
-from fastlm.ops.registry import Backend, Op
+from fastlm.ops import rows
+from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor, fits
+from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
+from fastlm.ops.layer_norm import launch, reference
+from fastlm.ops.registry import FLOATS, Backend, Op
+
+Shape = Sequence[int]
 
 
 class LayerNormInputs(NamedTuple):
@@ -186,9 +191,9 @@ _FP32_UNDER_AUTOCAST = frozenset(
 
 
 def _autocast(op: str, input: Tensor) -> Tensor:
-    if (op, input.device.type) not in _FP32_UNDER_AUTOCAST or input.dtype == torch.float64:
+    if autocast_dtype(input) is None or input.dtype == torch.float64:
         return input
-    return input if autocast_dtype(input) is None else input.float()
+    return input.float() if (op, input.device.type) in _FP32_UNDER_AUTOCAST else input
 
 
 def _rms_eps(op: str, input: Tensor, eps: float | None) -> float:
@@ -205,6 +210,8 @@ def _check(
     bias: Tensor | None,
     error: type[Exception] = RuntimeError,
 ) -> None:
+    if fits(input, normalized_shape, weight, bias):
+        return
     check_tensor(op, "input", input)
     if not isinstance(normalized_shape, (tuple, list)):
         kind = type(normalized_shape).__name__
@@ -277,6 +284,16 @@ def _fake_contiguous(input: Tensor) -> Tensor:
     return input.new_empty(input.shape)
 
 
+def _one_gradient(bwd: dict[str, Any]) -> bool:
+    return bwd["input_dtype"] == bwd["new_residual"].dtype and bwd["rng_state"] is None
+
+
+def _key(inputs: Any) -> tuple[Any, ...]:
+    """The device, all dtypes, and whether the input is large: what `reasons` and `measured` look at."""
+    input = inputs[0]
+    return (input.device, *[x.dtype if isinstance(x, Tensor) else None for x in inputs])
+
+
 LAYER_NORM = Op(
     "layer_norm",
     inputs=LayerNormInputs,
@@ -289,6 +306,7 @@ LAYER_NORM = Op(
     composite=lambda *inputs: reference.layer_norm_fwd(*inputs)[0],
     auto=("native", "reference"),
     fusable=True,
+    key=_key,
 )
 
 RMS_NORM = Op(
@@ -303,6 +321,7 @@ RMS_NORM = Op(
     composite=lambda *inputs: reference.rms_norm_fwd(*inputs)[0],
     auto=("native", "reference"),
     fusable=True,
+    key=_key,
 )
 
 ADD_LAYER_NORM = Op(
@@ -323,8 +342,10 @@ ADD_LAYER_NORM = Op(
     composite=lambda *inputs: reference.add_layer_norm_fwd(*inputs)[:2],
     auto=("native", "reference"),
     fusable=True,
+    key=_key,
     draws=True,
     stand_ins={"input": "new_residual", "residual": "new_residual"},
+    one_gradient=_one_gradient,
 )
 
 ADD_RMS_NORM = Op(
@@ -344,12 +365,14 @@ ADD_RMS_NORM = Op(
     composite=lambda *inputs: reference.add_rms_norm_fwd(*inputs)[:2],
     auto=("native", "reference"),
     fusable=True,
+    key=_key,
     draws=True,
     stand_ins={"input": "new_residual", "residual": "new_residual"},
+    one_gradient=_one_gradient,
 )
 
 
-# Backends: torch's own operations, and the reference --------------------------------------------------------------
+# Backends --------------------------------------------------------------
 
 
 def _native_add(input: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
@@ -407,3 +430,179 @@ LAYER_NORM.register(Backend("reference", fwd=reference.layer_norm_fwd, bwd=refer
 RMS_NORM.register(Backend("reference", fwd=reference.rms_norm_fwd, bwd=reference.rms_norm_bwd))
 ADD_LAYER_NORM.register(Backend("reference", fwd=reference.add_layer_norm_fwd, bwd=reference.add_layer_norm_bwd))
 ADD_RMS_NORM.register(Backend("reference", fwd=reference.add_rms_norm_fwd, bwd=reference.add_rms_norm_bwd))
+
+
+def _dtypes(inputs: Any) -> set[torch.dtype]:
+    return {x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def _parameter_reasons(inputs: Any) -> list[str]:
+    if len({p.dtype for p in (inputs.weight, getattr(inputs, "bias", None)) if p is not None}) > 1:
+        return ["needs weight and bias of one dtype"]
+    return []
+
+
+def _cpu_reasons(inputs: Any) -> list[str]:
+    dtypes = _dtypes(inputs)
+    if len(dtypes) == 1:
+        return []
+    if torch.float64 in dtypes:
+        return ["serves float64 only if all tensors are"]
+    return _parameter_reasons(inputs)
+
+
+def _triton_reasons(inputs: Any) -> list[str]:
+    return ["does not serve float64"] if torch.float64 in _dtypes(inputs) else []
+
+
+def _cuda_reasons(inputs: Any) -> list[str]:
+    dtypes = _dtypes(inputs)
+    if len(dtypes) == 1:
+        return []
+    if torch.float64 in dtypes:
+        return ["does not serve float64"]
+    residual = getattr(inputs, "residual", inputs.input).dtype
+    if residual not in (inputs.input.dtype, torch.float32):
+        return [f"serves a residual in the input's dtype or float32, got {residual}"]
+    return _parameter_reasons(inputs)
+
+
+def _copies(inputs: Any) -> list[str]:
+    tensors = {name: getattr(inputs, name, None) for name in ("input", "residual")}
+    return rows.copies(len(inputs.normalized_shape), **tensors)
+
+
+def register(
+    name: str,
+    fwd: Callable[..., Any],
+    bwd: Callable[..., Any],
+    *,
+    devices: Iterable[str],
+    dtypes: frozenset[torch.dtype],
+    reasons: Callable[[Any], list[str]],
+    available: Callable[[], str],
+) -> None:
+    """Registers a backend of all four ops that is one function each way; the ops differ in what they leave out.
+
+    Args:
+        name, dtypes, reasons, available: as in `Backend`.
+        fwd: (rms, input, residual, normalized_shape, weight, bias, eps, dropout_p, rng_state) -> (output, new_residual,
+            stats). No residual: None.
+        bwd: (rms, grad_output, grad_new_residual, normalized, weight, bias, stats, normalized_shape, dropout_p,
+            rng_state, input_dtype, needs_grad) -> gradients of input, residual, weight and bias, empty if not needed.
+            `normalized` is new_residual, without residual the input. No upstream gradient: None.
+        devices: device types served.
+    """
+
+    def layer_norm_fwd(x: Tensor, shape: Shape, weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor]:
+        output, _, stats = fwd(False, x, None, shape, weight, bias, eps, 0.0, None)
+        return output, stats
+
+    def rms_norm_fwd(x: Tensor, shape: Shape, weight: Any, eps: float) -> tuple[Tensor, Tensor]:
+        output, _, stats = fwd(True, x, None, shape, weight, None, eps, 0.0, None)
+        return output, stats
+
+    def add_layer_norm_fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return fwd(False, *inputs)
+
+    def add_rms_norm_fwd(
+        x: Tensor, residual: Tensor, shape: Shape, weight: Any, eps: float, p: float, rng_state: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return fwd(True, x, residual, shape, weight, None, eps, p, rng_state)
+
+    def layer_norm_bwd(
+        dy: Any, x: Tensor, weight: Any, bias: Any, stats: Tensor, shape: Shape, eps: float, needs: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = (needs[0], False, *needs[1:])
+        grads = bwd(False, dy, None, x, weight, bias, stats, shape, 0.0, None, x.dtype, wanted)
+        return grads[0], grads[2], grads[3]
+
+    def rms_norm_bwd(
+        dy: Any, x: Tensor, weight: Any, stats: Tensor, shape: Shape, eps: float, needs: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        wanted = (needs[0], False, needs[1], False)
+        grads = bwd(True, dy, None, x, weight, None, stats, shape, 0.0, None, x.dtype, wanted)
+        return grads[0], grads[2]
+
+    def add_layer_norm_bwd(
+        dy: Any, dx: Any, weight: Any, bias: Any, rng_state: Any, x: Tensor, stats: Tensor, shape: Shape, eps: float,
+        p: float, dtype: torch.dtype, needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return bwd(False, dy, dx, x, weight, bias, stats, shape, p, rng_state, dtype, needs)
+
+    def add_rms_norm_bwd(
+        dy: Any, dx: Any, weight: Any, rng_state: Any, x: Tensor, stats: Tensor, shape: Shape, eps: float,
+        p: float, dtype: torch.dtype, needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return bwd(True, dy, dx, x, weight, None, stats, shape, p, rng_state, dtype, (*needs, False))[:3]
+
+    functions = {
+        LAYER_NORM: (layer_norm_fwd, layer_norm_bwd),
+        RMS_NORM: (rms_norm_fwd, rms_norm_bwd),
+        ADD_LAYER_NORM: (add_layer_norm_fwd, add_layer_norm_bwd),
+        ADD_RMS_NORM: (add_rms_norm_fwd, add_rms_norm_bwd),
+    }
+    for op, (op_fwd, op_bwd) in functions.items():
+        op.register(
+            Backend(
+                name,
+                devices=frozenset(devices),
+                dtypes=dtypes,
+                reasons=reasons,
+                fwd=op_fwd,
+                bwd=op_bwd,
+                available=available,
+                copies=_copies,
+            )
+        )
+
+
+def register_cpu(name: str, launchers: Launchers) -> None:
+    """Registers a variant of the CPU kernels as a backend."""
+    register(
+        name,
+        functools.partial(launch.fwd, launchers),
+        functools.partial(launch.bwd, launchers, lambda rows: max(1, min(rows // 8, 128))),
+        devices={"cpu"},
+        dtypes=FLOATS,
+        reasons=_cpu_reasons,
+        available=launchers.missing,
+    )
+
+
+def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None:
+    """Registers the CUDA kernels as a backend."""
+    register(
+        name,
+        functools.partial(launch.fwd, launchers),
+        functools.partial(launch.bwd, launchers, lambda rows: max(1, min(rows // 8, max(256, rows // 32), 1024))),
+        devices={device},
+        dtypes=FLOATS - {torch.float64},
+        reasons=_cuda_reasons,
+        available=launchers.missing,
+    )
+
+
+register_cpu("cpu", CPU)
+register_cuda("cuda", CUDA)
+def _triton_fwd(*args: Any) -> Any:
+    from fastlm.ops.layer_norm import triton
+
+    return triton.fwd(*args)
+
+
+def _triton_bwd(*args: Any) -> Any:
+    from fastlm.ops.layer_norm import triton
+
+    return triton.bwd(*args)
+
+
+register(
+    "triton",
+    _triton_fwd,
+    _triton_bwd,
+    devices=triton_devices(),
+    dtypes=FLOATS - {torch.float64},
+    reasons=_triton_reasons,
+    available=triton_missing,
+)

@@ -1,0 +1,222 @@
+// Vectors of the CPU kernels, as wide as the instruction set that the file is compiled for: 64 bytes with AVX-512, 32
+// with AVX2, 16 otherwise. Arithmetic is the compiler's own (vector extensions of GCC and Clang); here are loads and
+// stores that convert, and sums in a fixed order. A is the type of the arithmetic: float, or double for double.
+//
+// Everything has internal linkage: the linker must never take a function of one variant for another's. (AVX-512
+// conversions are the forms with a mask: the plain ones make GCC 12 warn of its own header.)
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastlm {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VecOf<A>::type;
+template <typename A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+using Words = Vec<uint32_t>;
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
+template <typename T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+// Vectors
+// --------------------------------------------------------------------------------------------------------------
+
+template <typename A>
+inline Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+// a * b + c, rounded once where the instruction set can.
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+
+// A vector in memory, at any address.
+template <typename V>
+inline V get(const void* p) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  return *static_cast<const Unaligned*>(p);
+}
+template <typename V>
+inline void put(void* p, V x) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  *static_cast<Unaligned*>(p) = x;
+}
+
+inline Vec<float> load(const float* p) { return get<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return get<Vec<double>>(p); }
+
+inline Vec<float> load(const BFloat16* p) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(get<HalfWords>(p), Words) << 16);
+}
+
+inline Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtph_ps(0xFFFF, get<__m256i>(p)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(get<__m128i>(p)));
+#else
+  // The exponent moves by multiplication with 2^112, which also normalises subnormals; infinity and NaN are set apart.
+  const Words half = __builtin_convertvector(get<HalfWords>(p), Words);
+  const Words magnitude = (half & 0x7FFFu) << 13, sign = (half & 0x8000u) << 16;
+  const Words finite = reinterpret_cast<Words>(reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f);
+  return reinterpret_cast<Vec<float>>(sign | (magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000u : finite));
+#endif
+}
+
+// x as elements of T: rounded to nearest, ties to even.
+template <typename T>
+struct Pack {
+  static Vec<T> bits(Vec<T> x) { return x; }
+};
+
+template <>
+struct Pack<BFloat16> {
+  static HalfWords bits(Vec<float> x) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
+    const Words bits = reinterpret_cast<Words>(x);
+    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const Words quiet = (bits >> 16) | 0x40u;  // a NaN must not round to infinity
+    return __builtin_convertvector(x == x ? rounded : quiet, HalfWords);
+#endif
+  }
+};
+
+template <>
+struct Pack<Half> {
+  static HalfWords bits(Vec<float> x) {
+#if defined(__AVX512F__)
+    const __m512 wide = reinterpret_cast<__m512>(x);
+    return reinterpret_cast<HalfWords>(_mm512_maskz_cvtps_ph(0xFFFF, wide, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+    const Words bits = reinterpret_cast<Words>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    // A subnormal result is rounded by an addition whose unit in the last place is 2^-24.
+    const Words normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Vec<float>>(magnitude) + 0.5f) - 0x3F000000u;
+    const Words finite = magnitude < (113u << 23) ? subnormal : normal;
+    const Words special = magnitude > 0x7F800000u ? Words{} + 0x7E00u : Words{} + 0x7C00u;
+    return __builtin_convertvector((magnitude >= 0x477FF000u ? special : finite) | sign, HalfWords);
+#endif
+  }
+};
+
+template <typename T>
+using Packed = decltype(Pack<T>::bits(Vec<typename Arithmetic<T>::type>{}));
+
+template <typename T>
+inline void store(T* p, Vec<typename Arithmetic<T>::type> x) {
+  put(p, Pack<T>::bits(x));
+}
+
+// A store past the caches, for what is larger than they are: it saves reading the lines that it fills. p is aligned to
+// the packed vector. The thread ends with stream_end(), before others may look.
+template <typename T>
+inline void stream(T* p, Vec<typename Arithmetic<T>::type> x) {
+  const Packed<T> bits = Pack<T>::bits(x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), get<__m512i>(&bits));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), get<__m256i>(&bits));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof bits == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), get<__m128i>(&bits));
+#endif
+  put(p, bits);
+}
+
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Sum of the lanes, halves first: the same order always.
+template <typename A>
+inline A sum(Vec<A> x) {
+  A lanes[kLanes<A>];
+  memcpy(lanes, &x, sizeof lanes);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Parts of a vector, for the last columns of a row
+// ----------------------------------------------------------------------
+
+template <typename T>
+inline auto load(const T* p, int64_t count) {
+  constexpr int kLanesHere = kLanes<typename Arithmetic<T>::type>;
+  if (count >= kLanesHere) return load(p);
+  T padded[kLanesHere] = {};
+  memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store(T* p, Vec<typename Arithmetic<T>::type> x, int64_t count) {
+  if (count >= kLanes<typename Arithmetic<T>::type>) return store(p, x);
+  const Packed<T> bits = Pack<T>::bits(x);
+  memcpy(p, &bits, count * sizeof(T));
+}
+
+// x in the first `count` lanes, 0 in the others.
+template <typename A>
+inline Vec<A> first(Vec<A> x, int64_t count) {
+  if (count >= kLanes<A>) return x;
+  A lanes[kLanes<A>] = {};
+  memcpy(lanes, &x, count * sizeof(A));
+  memcpy(&x, lanes, sizeof lanes);
+  return x;
+}
+
+}  // namespace
+}  // namespace fastlm

@@ -1,0 +1,378 @@
+// Layer norm and RMS norm on the CPU, alone or after adding to a residual stream; equations in layer_norm.h.
+//
+// Rows are shared out among OpenMP's threads (torch's own pool). A row is read from memory once: the mean, the variance
+// and the output are three passes over what the first level cache then holds, in fp32, while the next row is fetched.
+// Backward shares out partial rows instead: each is the sum of the parameters' gradients over one run of rows, and a
+// last pass adds them up in order, so that the result does not depend on the number of threads.
+//
+// Bytes of memory per row of C elements of e bytes: forward 2Ce, backward 3Ce, with a residual 4Ce each. Results larger
+// than the caches are written past them.
+#include <cmath>
+#include <cstdlib>
+
+#include <omp.h>
+
+#include "common/huge_pages.h"
+#include "common/philox.h"
+#include "common/simd.h"
+#include "layer_norm/layer_norm.h"
+
+namespace fastlm {
+namespace {
+
+constexpr int64_t kSmall = 1 << 15;         // elements below which one thread is faster than waking the others
+constexpr int64_t kBeyondCaches = 1 << 22;  // bytes from which on a result is written past the caches
+
+// body(column, count, chain): all columns in steps of a vector; count is the number of lanes, and less at the end of a
+// row. `chain` goes round kChains, so that as many sums can be under way at a time.
+constexpr int kChains = 4;
+
+template <typename A, typename F>
+inline __attribute__((always_inline)) void for_columns(int64_t cols, const F& body) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t column = 0;
+  for (; column + kChains * kStep <= cols; column += kChains * kStep) {
+    for (int chain = 0; chain < kChains; ++chain) body(column + chain * kStep, kStep, chain);
+  }
+  for (; column + kStep <= cols; column += kStep) body(column, kStep, 0);
+  if (column < cols) body(column, cols - column, 0);
+}
+
+// Sums under way.
+template <typename A>
+struct Sums {
+  Vec<A> chains[kChains] = {};
+
+  A total() const { return sum<A>((chains[0] + chains[1]) + (chains[2] + chains[3])); }
+};
+
+// Rows of A to work in, from the heap: none of the standard library's templates, see common/simd.h.
+template <typename A>
+class Workspace {
+ public:
+  Workspace(int64_t rows, int64_t cols)
+      : stride_((cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        data_(static_cast<A*>(aligned_alloc(64, (rows * stride_ * sizeof(A) + 63) / 64 * 64))) {}
+  ~Workspace() { free(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  bool failed() const { return data_ == nullptr; }
+  A* row(int64_t n) { return data_ + n * stride_; }
+
+ private:
+  int64_t stride_;
+  A* data_;
+};
+
+template <typename A, typename W>
+void widen(const W* from, A* to, int64_t cols) {
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) { store(to + c, load(from + c, count), count); });
+}
+template <>
+void widen<double, float>(const float* from, double* to, int64_t cols) {
+  for (int64_t c = 0; c < cols; ++c) to[c] = from[c];
+}
+
+// A parameter in A: where it lies if it is, else in `space`; `missing` everywhere if there is none.
+template <typename A>
+const A* parameter(const void* p, DType dtype, A missing, int64_t cols, A* space) {
+  if (p != nullptr && dtype == (sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32)) return static_cast<const A*>(p);
+  if (p == nullptr) {
+    for (int64_t c = 0; c < cols; ++c) space[c] = missing;
+  } else if constexpr (sizeof(A) == 4) {
+    dtype == DType::kBFloat16 ? widen(static_cast<const BFloat16*>(p), space, cols)
+                              : widen(static_cast<const Half*>(p), space, cols);
+  } else {
+    widen(static_cast<const float*>(p), space, cols);
+  }
+  return space;
+}
+
+// What dropout multiplies the columns of a row by. 16 calls of Philox at a time, which the compiler makes vectors of.
+template <typename A>
+void dropout_row(const Dropout& dropout, const int64_t* rng_state, int64_t row, int64_t cols, A* factors) {
+  constexpr int kCalls = 16;
+  const uint32_t seed[2] = {static_cast<uint32_t>(rng_state[0]), static_cast<uint32_t>(rng_state[0] >> 32)};
+  for (int64_t first = 0; first < cols; first += 4 * kCalls) {
+    uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls], k0 = seed[0], k1 = seed[1];
+    for (int i = 0; i < kCalls; ++i) {
+      c0[i] = static_cast<uint32_t>(first / 4 + i);
+      c1[i] = static_cast<uint32_t>(row);
+      c2[i] = static_cast<uint32_t>(row >> 32);
+      c3[i] = static_cast<uint32_t>(rng_state[1]);
+    }
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      for (int i = 0; i < kCalls; ++i) {
+        const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
+        c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
+        c1[i] = static_cast<uint32_t>(p1);
+        c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
+        c3[i] = static_cast<uint32_t>(p0);
+      }
+    }
+    A block[4 * kCalls];
+    for (int i = 0; i < kCalls; ++i) {
+      block[4 * i + 0] = c0[i] >= dropout.threshold ? dropout.scale : 0.0f;
+      block[4 * i + 1] = c1[i] >= dropout.threshold ? dropout.scale : 0.0f;
+      block[4 * i + 2] = c2[i] >= dropout.threshold ? dropout.scale : 0.0f;
+      block[4 * i + 3] = c3[i] >= dropout.threshold ? dropout.scale : 0.0f;
+    }
+    const int64_t count = cols - first < 4 * kCalls ? cols - first : 4 * kCalls;
+    memcpy(factors + first, block, count * sizeof(A));
+  }
+}
+
+// 0 where the factor is 0, even if x is infinite.
+template <typename A>
+inline Vec<A> dropped(Vec<A> x, Vec<A> factor) {
+  return factor != Vec<A>{} ? x * factor : Vec<A>{};
+}
+
+int threads_for(int64_t rows, int64_t cols) {
+  if (rows * cols < kSmall) return 1;
+  const int64_t most = omp_get_max_threads();
+  return static_cast<int>(rows < most ? rows : most);
+}
+
+// A row of a result, written past the caches if the whole is larger than they are and the row is aligned.
+template <typename T>
+class Result {
+ public:
+  Result(void* data, int64_t row, const Rows& rows, int64_t cols)
+      : row_(static_cast<T*>(data) + row * cols),
+        past_caches_(rows.count() * cols * int64_t{sizeof(T)} >= kBeyondCaches &&
+                     reinterpret_cast<uintptr_t>(row_) % sizeof(Packed<T>) == 0) {}
+
+  void put(int64_t column, Vec<typename Arithmetic<T>::type> x, int64_t count) const {
+    if (past_caches_ && count == kLanes<typename Arithmetic<T>::type>) return stream(row_ + column, x);
+    store(row_ + column, x, count);
+  }
+
+ private:
+  T* row_;
+  bool past_caches_;
+};
+
+// Forward
+// --------------------------------------------------------------------------------------------------------------
+
+template <typename T, typename R, typename A>
+void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, const Dropout& dropout, A* wide,
+             A* factors) {
+  const int64_t cols = p.cols;
+  const T* input = static_cast<const T*>(p.input) + p.rows.offset(row, p.input_strides);
+  const int64_t next_row = row + 1 < p.rows.count() ? row + 1 : row;
+  const T* next = static_cast<const T*>(p.input) + p.rows.offset(next_row, p.input_strides);
+  const Result<T> output(p.output, row, p.rows, cols);
+
+  Sums<A> sums, squares;
+  if (p.residual == nullptr) {
+    for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+      const Vec<A> x = load(input + c, count);
+      if constexpr (sizeof(T) != sizeof(A)) store(wide + c, x);
+      sums.chains[chain] += x;
+    });
+    if constexpr (sizeof(T) == sizeof(A)) wide = const_cast<T*>(input);
+  } else {
+    const R* residual = static_cast<const R*>(p.residual) + p.rows.offset(row, p.residual_strides);
+    const Result<R> new_residual(p.new_residual, row, p.rows, cols);
+    if (p.rng_state != nullptr) dropout_row(dropout, p.rng_state, row, cols, factors);
+    for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+      Vec<A> x = load(input + c, count);
+      if (p.rng_state != nullptr) x = dropped<A>(x, load(factors + c, count));
+      const Packed<R> rounded = Pack<R>::bits(x + load(residual + c, count));
+      x = load(reinterpret_cast<const R*>(&rounded));
+      new_residual.put(c, x, count);
+      store(wide + c, x);
+      sums.chains[chain] += x;
+    });
+  }
+
+  const A mean = p.rms ? A{0} : sums.total() / static_cast<A>(cols);
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+    __builtin_prefetch(next + c);
+    const Vec<A> centred = first<A>(load(wide + c, count) - mean, count);
+    squares.chains[chain] = multiply_add(centred, centred, squares.chains[chain]);
+  });
+  const A rstd = 1 / std::sqrt(squares.total() / static_cast<A>(cols) + static_cast<A>(p.eps));
+
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+    const Vec<A> x_hat = (load(wide + c, count) - mean) * rstd;
+    output.put(c, multiply_add(x_hat, load(weight + c, count), load(bias + c, count)), count);
+  });
+  A* stats = static_cast<A*>(p.stats);
+  if (!p.rms) stats[row] = mean;
+  stats[row + (p.rms ? 0 : p.rows.count())] = rstd;
+}
+
+template <typename T, typename R>
+const char* fwd(const LayerNormFwdParams& p) {
+  using A = typename Arithmetic<T>::type;
+  const int64_t rows = p.rows.count();
+  const int threads = threads_for(rows, p.cols);
+  Workspace<A> space(2 + 2 * threads, p.cols);
+  if (space.failed()) return "out of memory";
+  const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
+  const A* bias = parameter<A>(p.bias, p.parameter_dtype, 0, p.cols, space.row(1));
+  const Dropout dropout(p.dropout_p);
+  prefer_huge_pages(p.output, rows * p.cols * sizeof(T));
+  prefer_huge_pages(p.new_residual, rows * p.cols * sizeof(R));
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
+    for (int64_t row = rows * id / n; row < rows * (id + 1) / n; ++row) {
+      fwd_row<T, R, A>(p, row, weight, bias, dropout, space.row(2 + 2 * id), space.row(3 + 2 * id));
+    }
+    stream_end();
+  }
+  return nullptr;
+}
+
+// Backward
+// -------------------------------------------------------------------------------------------------------------
+
+template <typename T, typename R, typename A>
+void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, const Dropout& dropout, A* grad_weight,
+             A* grad_bias, A* factors) {
+  const int64_t cols = p.cols;
+  const A* stats = static_cast<const A*>(p.stats);
+  const A mean = p.rms ? A{0} : stats[row], rstd = stats[row + (p.rms ? 0 : p.rows.count())];
+  const T* grad_output = static_cast<const T*>(p.grad_output) + p.rows.offset(row, p.grad_output_strides);
+  const R* normalized = static_cast<const R*>(p.normalized) + p.rows.offset(row, p.normalized_strides);
+  const int64_t next_row = row + 1 < p.rows.count() ? row + 1 : row;
+  const T* next_grad = static_cast<const T*>(p.grad_output) + p.rows.offset(next_row, p.grad_output_strides);
+  const R* next_x = static_cast<const R*>(p.normalized) + p.rows.offset(next_row, p.normalized_strides);
+
+  Sums<A> sums, products;
+  if (p.grad_output != nullptr) {
+    for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+      const Vec<A> grad = load(grad_output + c, count);
+      const Vec<A> x_hat = first<A>((load(normalized + c, count) - mean) * rstd, count);
+      const Vec<A> g = grad * load(weight + c, count);
+      sums.chains[chain] += g;
+      products.chains[chain] = multiply_add(g, x_hat, products.chains[chain]);
+      store(grad_weight + c, multiply_add(grad, x_hat, load(grad_weight + c)));
+      store(grad_bias + c, load(grad_bias + c) + grad);
+    });
+  }
+  if (p.grad_input == nullptr && p.grad_residual == nullptr) return;
+
+  const A mean_g = p.rms ? A{0} : sums.total() / static_cast<A>(cols),
+          mean_gx = products.total() / static_cast<A>(cols);
+  const R* grad_new_residual =
+      static_cast<const R*>(p.grad_new_residual) + p.rows.offset(row, p.grad_new_residual_strides);
+  const Result<T> grad_input(p.grad_input, row, p.rows, cols);
+  const Result<R> grad_residual(p.grad_residual, row, p.rows, cols);
+  if (p.rng_state != nullptr) dropout_row(dropout, p.rng_state, row, cols, factors);
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+    Vec<A> grad{};
+    __builtin_prefetch(next_grad + c);
+    __builtin_prefetch(next_x + c);
+    if (p.grad_output != nullptr) {
+      const Vec<A> x_hat = (load(normalized + c, count) - mean) * rstd;
+      const Vec<A> g = load(grad_output + c, count) * load(weight + c, count);
+      grad = rstd * multiply_add(x_hat, broadcast(-mean_gx), g - mean_g);
+    }
+    if (p.grad_new_residual != nullptr) grad += load(grad_new_residual + c, count);
+    if (p.grad_residual != nullptr) grad_residual.put(c, grad, count);
+    if (p.rng_state != nullptr) grad = dropped<A>(grad, load(factors + c, count));
+    if (p.grad_input != nullptr) grad_input.put(c, grad, count);
+  });
+}
+
+// The sum of the partial rows, in order, as a parameter's gradient.
+template <typename W, typename A>
+void add_up(const A* partials, int64_t partial_rows, int64_t cols, W* gradient) {
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+    Vec<A> total{};
+    for (int64_t n = 0; n < partial_rows; ++n) total += load(partials + n * cols + c, count);
+    store(gradient + c, total, count);
+  });
+}
+template <>
+void add_up<float, double>(const double* partials, int64_t partial_rows, int64_t cols, float* gradient) {
+  for (int64_t c = 0; c < cols; ++c) {
+    double total = 0;
+    for (int64_t n = 0; n < partial_rows; ++n) total += partials[n * cols + c];
+    gradient[c] = static_cast<float>(total);
+  }
+}
+
+template <typename A>
+void parameter_gradient(const A* partials, int64_t partial_rows, int64_t cols, DType dtype, void* gradient) {
+  if (gradient == nullptr) return;
+  if (dtype == DType::kFloat32) return add_up(partials, partial_rows, cols, static_cast<float*>(gradient));
+  if constexpr (sizeof(A) == 8) return add_up(partials, partial_rows, cols, static_cast<double*>(gradient));
+  if constexpr (sizeof(A) == 4) {
+    dtype == DType::kBFloat16 ? add_up(partials, partial_rows, cols, static_cast<BFloat16*>(gradient))
+                              : add_up(partials, partial_rows, cols, static_cast<Half*>(gradient));
+  }
+}
+
+template <typename T, typename R>
+const char* bwd(const LayerNormBwdParams& p) {
+  using A = typename Arithmetic<T>::type;
+  const int64_t rows = p.rows.count(), runs = p.partial_rows;
+  const int threads = threads_for(rows, p.cols);
+  Workspace<A> space(1 + 3 * threads, p.cols);
+  if (space.failed()) return "out of memory";
+  const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
+  const Dropout dropout(p.dropout_p);
+  A* partials = static_cast<A*>(p.partials);
+  prefer_huge_pages(p.grad_input, rows * p.cols * sizeof(T));
+  prefer_huge_pages(p.grad_residual, rows * p.cols * sizeof(R));
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
+    A *grad_weight = space.row(1 + 3 * id), *grad_bias = space.row(2 + 3 * id), *factors = space.row(3 + 3 * id);
+    for (int64_t run = runs * id / n; run < runs * (id + 1) / n; ++run) {
+      for (int64_t c = 0; c < p.cols; ++c) grad_weight[c] = grad_bias[c] = 0;
+      for (int64_t row = rows * run / runs; row < rows * (run + 1) / runs; ++row) {
+        bwd_row<T, R, A>(p, row, weight, dropout, grad_weight, grad_bias, factors);
+      }
+      memcpy(partials + run * p.cols, grad_weight, p.cols * sizeof(A));
+      memcpy(partials + (runs + run) * p.cols, grad_bias, p.cols * sizeof(A));
+    }
+    stream_end();
+  }
+  parameter_gradient(partials, runs, p.cols, p.parameter_dtype, p.grad_weight);
+  parameter_gradient(partials + runs * p.cols, runs, p.cols, p.parameter_dtype, p.grad_bias);
+  return nullptr;
+}
+
+// The instantiation for the params' dtypes; double goes with double alone.
+#define FASTLM_DISPATCH(function, p)                                                           \
+  switch (p.dtype) {                                                                           \
+    case DType::kFloat64:                                                                      \
+      return p.residual_dtype == DType::kFloat64 ? function<double, double>(p) : kUnsupported; \
+    case DType::kFloat32:                                                                      \
+      FASTLM_DISPATCH_RESIDUAL(function, float, p)                                             \
+    case DType::kBFloat16:                                                                     \
+      FASTLM_DISPATCH_RESIDUAL(function, BFloat16, p)                                          \
+    case DType::kFloat16:                                                                      \
+      FASTLM_DISPATCH_RESIDUAL(function, Half, p)                                              \
+  }                                                                                            \
+  return kUnsupported;
+#define FASTLM_DISPATCH_RESIDUAL(function, T, p)                             \
+  if (p.residual_dtype == DType::kFloat32) return function<T, float>(p);     \
+  if (p.residual_dtype == DType::kBFloat16) return function<T, BFloat16>(p); \
+  return p.residual_dtype == DType::kFloat16 ? function<T, Half>(p) : kUnsupported;
+
+constexpr const char* kUnsupported = "the dtypes of input and residual do not go together";
+
+}  // namespace
+
+namespace FASTLM_CPU_TARGET {
+
+const char* layer_norm_fwd_cpu(const LayerNormFwdParams& p) { FASTLM_DISPATCH(fwd, p) }
+const char* layer_norm_bwd_cpu(const LayerNormBwdParams& p) { FASTLM_DISPATCH(bwd, p) }
+
+}  // namespace FASTLM_CPU_TARGET
+
+#if FASTLM_CPU_BASELINE
+FASTLM_CPU_DISPATCH(layer_norm_fwd_cpu, LayerNormFwdParams)
+FASTLM_CPU_DISPATCH(layer_norm_bwd_cpu, LayerNormBwdParams)
+#endif
+
+}  // namespace fastlm
