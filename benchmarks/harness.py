@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,80 +25,152 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each run of both sides, in the order in which they took turns."""
+    """Seconds of each run of every side, in the order in which they took turns.
+
+    Args:
+        case: what was run.
+        times: from the name of a side to its runs.
+        bytes: what must be moved to and from memory, 0 if that says nothing.
+        memory: from the name of a side to the bytes it needed at most beyond what was there before; may be empty.
+        unit: of the times when they are shown, "ms" or "us".
+    """
 
     case: str
-    baseline: list[float]
-    ours: list[float]
+    times: dict[str, list[float]]
+    bytes: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    unit: str = "ms"
 
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is: the median over neighbouring runs."""
-        return statistics.median(b / o for b, o in zip(self.baseline, self.ours, strict=True))
+    def median(self, side: str) -> float:
+        return statistics.median(self.times[side])
 
-    def row(self) -> list[str]:
-        return [self.case, _milliseconds(self.baseline), _milliseconds(self.ours), f"{self.ratio:.2f}"]
+    def ratio(self, ours: str, *others: str) -> float:
+        """How many times faster ours is than the best of the others: the median over neighbouring runs."""
+        best = min(others or set(self.times) - {ours}, key=self.median)
+        return statistics.median(b / o for b, o in zip(self.times[best], self.times[ours], strict=True))
+
+    def cell(self, side: str) -> str:
+        """Median and spread of a side's runs."""
+        if side not in self.times:
+            return ""
+        scale, ordered = {"ms": 1e3, "us": 1e6}[self.unit], sorted(self.times[side])
+        low, middle, high = (scale * ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def compare(
-    case: str, baseline: Callable[[], object], ours: Callable[[], object], *, seconds: float = 4.0, least: int = 7
+    case: str,
+    sides: dict[str, Callable[[], object]],
+    *,
+    bytes: int = 0,
+    seconds: float = 4.0,
+    least: int = 7,
+    number: int = 1,
+    memory: bool = False,
 ) -> Comparison:
-    """Runs the two in turn, each first every other time, after a warm-up of both: at least `least` times each."""
-    sides = (baseline, ours)
-    for side in sides:
-        side()
-    times: tuple[list[float], list[float]] = ([], [])
+    """Runs the sides in turn, in an order that changes each round, after a warm-up: at least `least` rounds.
+
+    Args:
+        number: how often a side runs within one timing, for what takes microseconds.
+        memory: whether to find out what each side needs at most.
+    """
+    for run in sides.values():
+        run()
+        run()
+    peaks = {name: _peak_memory(run) for name, run in sides.items()} if memory else {}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
     end = time.perf_counter() + seconds
-    while len(times[0]) < least or time.perf_counter() < end:
-        for side in (0, 1) if len(times[0]) % 2 else (1, 0):
-            times[side].append(_seconds(sides[side]))
-    result = Comparison(case, *times)
-    print("  ".join(f"{cell:>28}" if n == 0 else f"{cell:>24}" for n, cell in enumerate(result.row())), flush=True)
+    while len(times[order[0]]) < least or time.perf_counter() < end:
+        for name in order:
+            times[name].append(_seconds(sides[name], number))
+        order = [*order[1:], order[0]]
+    result = Comparison(case, times, bytes, peaks, "ms" if number == 1 else "us")
+    print(f"{case:>36}  " + "   ".join(f"{name} {result.cell(name)}" for name in sides), flush=True)
     return result
 
 
-def write_results(name: str, title: str, columns: Sequence[str], comparisons: Sequence[Comparison]) -> None:
-    """Writes benchmarks/results/<name>.md and .png."""
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second, read and written, of the fastest copy of 64 MiB: what a kernel bound by memory can reach."""
+    source = torch.randn(16 * 2**20, device=device)
+    target = torch.empty_like(source).copy_(source)
+    runs = [_seconds(lambda: target.copy_(source), 1) for _ in range(30)]
+    return 2 * source.nbytes / min(runs)
+
+
+Column = tuple[str, Callable[[Comparison], str]]
+
+
+def write_results(
+    name: str,
+    title: str,
+    comparisons: Sequence[Comparison],
+    columns: Sequence[Column],
+    ratio: Callable[[Comparison], float],
+    ratio_name: str,
+) -> None:
+    """Writes benchmarks/results/<name>.md and .png: a table of the sides and `columns`, a chart of `ratio`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     RESULTS.mkdir(exist_ok=True)
+    sides = list(dict.fromkeys(side for comparison in comparisons for side in comparison.times))
+    heads = ["case", *(f"{side}, {comparisons[0].unit}" for side in sides), *(head for head, _ in columns), ratio_name]
     lines = [f"# {title}", "", *(f"- {line}" for line in _circumstances()), ""]
-    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(comparison.row())} |" for comparison in comparisons]
+    lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for comparison in comparisons:
+        cells = [
+            *(comparison.cell(side) for side in sides),
+            *(cell(comparison) for _, cell in columns),
+            f"{ratio(comparison):.2f}",
+        ]
+        lines.append(f"| {' | '.join([comparison.case, *cells])} |")
     (RESULTS / f"{name}.md").write_text("\n".join([*lines, "", f"![{title}]({name}.png)", ""]))
 
+    ratios = [ratio(comparison) for comparison in comparisons]
     figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(comparisons) + 1.2), layout="constrained")
-    bars = axes.barh([c.case for c in comparisons], [c.ratio for c in comparisons], color="#4c78a8")
+    bars = axes.barh([c.case for c in comparisons], ratios, color="#4c78a8")
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(c.ratio for c in comparisons))
-    axes.set_xlabel("times as fast as plain PyTorch (median of alternating runs)")
+    axes.set_xlim(0, 1.15 * max(ratios))
+    axes.set_xlabel(f"{ratio_name} (median of alternating runs)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
     pyplot.close(figure)
     print(f"wrote {RESULTS / name}.md and .png")
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], number: int) -> float:
     start = time.perf_counter()
-    run()
+    for _ in range(number):
+        run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / number
 
 
-def _milliseconds(times: list[float]) -> str:
-    low, middle, high = (1e3 * _quantile(times, q) for q in (0.2, 0.5, 0.8))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def _peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that a run needs beyond what is there before it; on a CPU as Linux counts them, 0 elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return 0
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
 
 
-def _quantile(times: list[float], q: float) -> float:
-    ordered = sorted(times)
-    return ordered[round(q * (len(ordered) - 1))]
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _circumstances() -> list[str]:
@@ -109,5 +181,5 @@ def _circumstances() -> list[str]:
     return [
         ", ".join([processor["name"], f"{torch.get_num_threads()} threads", processor["torch uses"], *gpu]),
         f"torch {torch.__version__}, Python {platform.python_version()}, FastLM {git.stdout.strip()}",
-        f"`python {shlex.join(sys.argv)}`; milliseconds as median (p20 to p80) of alternating runs",
+        f"`python {shlex.join(sys.argv)}`; times are medians (p20 to p80) of alternating runs",
     ]

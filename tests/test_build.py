@@ -34,7 +34,7 @@ KERNEL = """
 
 namespace {
 __global__ void scale(float* x) { x[threadIdx.x] *= 2.0f; }
-const fastlm::KernelRegistration registration("test_scale", reinterpret_cast<const void*>(&scale), 128, 1024);
+const bool registered = (fastlm::register_kernel("test_scale", reinterpret_cast<const void*>(&scale), 128, 1024), true);
 }  // namespace
 """
 

@@ -44,7 +44,9 @@ inline bool read_argument(PyObject* argument, DType& value) {
   int64_t code;
   if (!read_argument(argument, code)) return false;
   value = static_cast<DType>(code);
-  return true;
+  if (code >= 0 && code <= static_cast<int64_t>(DType::kFloat64)) return true;
+  PyErr_Format(PyExc_ValueError, "no dtype has the code %lld", static_cast<long long>(code));
+  return false;
 }
 
 template <typename T>

@@ -36,8 +36,9 @@ struct Dropout {
   float scale;
 
   explicit Dropout(double p)
-      : threshold(static_cast<uint64_t>(std::nearbyint(p * 4294967296.0))),
-        scale(p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p))) {}
+      : threshold(static_cast<uint64_t>(std::nearbyint(p * 4294967296.0))), scale(static_cast<float>(scale_of(p))) {}
+
+  static double scale_of(double p) { return p >= 1.0 ? 0.0 : 1.0 / (1.0 - p); }
 
   // The words of columns 4 * group to 4 * group + 3 of a row; rng_state is seed, offset.
   FASTLM_HOST_DEVICE static Philox4 words(const int64_t* rng_state, int64_t row, int64_t group) {

@@ -38,6 +38,11 @@ inline __attribute__((always_inline)) void for_columns(int64_t cols, const F& bo
   if (column < cols) body(column, cols - column, 0);
 }
 
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
 // Sums under way.
 template <typename A>
 struct Sums {
@@ -66,33 +71,29 @@ class Workspace {
 };
 
 template <typename A, typename W>
-void widen(const W* from, A* to, int64_t cols) {
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) { store(to + c, load(from + c, count), count); });
-}
-template <>
-void widen<double, float>(const float* from, double* to, int64_t cols) {
-  for (int64_t c = 0; c < cols; ++c) to[c] = from[c];
+void widen_row(const W* from, A* to, int64_t cols) {
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int) { store(to + c, load(from + c, count), count); });
 }
 
 // A parameter in A: where it lies if it is, else in `space`; `missing` everywhere if there is none.
 template <typename A>
 const A* parameter(const void* p, DType dtype, A missing, int64_t cols, A* space) {
-  if (p != nullptr && dtype == (sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32)) return static_cast<const A*>(p);
+  if (p != nullptr && (sizeof(A) == 8 || dtype == DType::kFloat32)) return static_cast<const A*>(p);
   if (p == nullptr) {
     for (int64_t c = 0; c < cols; ++c) space[c] = missing;
   } else if constexpr (sizeof(A) == 4) {
-    dtype == DType::kBFloat16 ? widen(static_cast<const BFloat16*>(p), space, cols)
-                              : widen(static_cast<const Half*>(p), space, cols);
-  } else {
-    widen(static_cast<const float*>(p), space, cols);
+    dtype == DType::kBFloat16 ? widen_row(static_cast<const BFloat16*>(p), space, cols)
+                              : widen_row(static_cast<const Half*>(p), space, cols);
   }
   return space;
 }
 
 // What dropout multiplies the columns of a row by. 16 calls of Philox at a time, which the compiler makes vectors of.
 template <typename A>
-void dropout_row(const Dropout& dropout, const int64_t* rng_state, int64_t row, int64_t cols, A* factors) {
+void dropout_row(double p, const int64_t* rng_state, int64_t row, int64_t cols, A* factors) {
   constexpr int kCalls = 16;
+  const uint64_t threshold = Dropout(p).threshold;
+  const A scale = static_cast<A>(Dropout::scale_of(p));
   const uint32_t seed[2] = {static_cast<uint32_t>(rng_state[0]), static_cast<uint32_t>(rng_state[0] >> 32)};
   for (int64_t first = 0; first < cols; first += 4 * kCalls) {
     uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls], k0 = seed[0], k1 = seed[1];
@@ -113,10 +114,10 @@ void dropout_row(const Dropout& dropout, const int64_t* rng_state, int64_t row, 
     }
     A block[4 * kCalls];
     for (int i = 0; i < kCalls; ++i) {
-      block[4 * i + 0] = c0[i] >= dropout.threshold ? dropout.scale : 0.0f;
-      block[4 * i + 1] = c1[i] >= dropout.threshold ? dropout.scale : 0.0f;
-      block[4 * i + 2] = c2[i] >= dropout.threshold ? dropout.scale : 0.0f;
-      block[4 * i + 3] = c3[i] >= dropout.threshold ? dropout.scale : 0.0f;
+      block[4 * i + 0] = c0[i] >= threshold ? scale : 0;
+      block[4 * i + 1] = c1[i] >= threshold ? scale : 0;
+      block[4 * i + 2] = c2[i] >= threshold ? scale : 0;
+      block[4 * i + 3] = c3[i] >= threshold ? scale : 0;
     }
     const int64_t count = cols - first < 4 * kCalls ? cols - first : 4 * kCalls;
     memcpy(factors + first, block, count * sizeof(A));
@@ -158,8 +159,7 @@ class Result {
 // --------------------------------------------------------------------------------------------------------------
 
 template <typename T, typename R, typename A>
-void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, const Dropout& dropout, A* wide,
-             A* factors) {
+void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, A* wide, A* factors) {
   const int64_t cols = p.cols;
   const T* input = static_cast<const T*>(p.input) + p.rows.offset(row, p.input_strides);
   const int64_t next_row = row + 1 < p.rows.count() ? row + 1 : row;
@@ -177,7 +177,7 @@ void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A*
   } else {
     const R* residual = static_cast<const R*>(p.residual) + p.rows.offset(row, p.residual_strides);
     const Result<R> new_residual(p.new_residual, row, p.rows, cols);
-    if (p.rng_state != nullptr) dropout_row(dropout, p.rng_state, row, cols, factors);
+    if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, cols, factors);
     for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
       Vec<A> x = load(input + c, count);
       if (p.rng_state != nullptr) x = dropped<A>(x, load(factors + c, count));
@@ -197,7 +197,7 @@ void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A*
   });
   const A rstd = 1 / std::sqrt(squares.total() / static_cast<A>(cols) + static_cast<A>(p.eps));
 
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+  for_columns<A>(cols, [&](int64_t c, int64_t count, int) {
     const Vec<A> x_hat = (load(wide + c, count) - mean) * rstd;
     output.put(c, multiply_add(x_hat, load(weight + c, count), load(bias + c, count)), count);
   });
@@ -215,14 +215,13 @@ const char* fwd(const LayerNormFwdParams& p) {
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
   const A* bias = parameter<A>(p.bias, p.parameter_dtype, 0, p.cols, space.row(1));
-  const Dropout dropout(p.dropout_p);
   prefer_huge_pages(p.output, rows * p.cols * sizeof(T));
   prefer_huge_pages(p.new_residual, rows * p.cols * sizeof(R));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
     for (int64_t row = rows * id / n; row < rows * (id + 1) / n; ++row) {
-      fwd_row<T, R, A>(p, row, weight, bias, dropout, space.row(2 + 2 * id), space.row(3 + 2 * id));
+      fwd_row<T, R, A>(p, row, weight, bias, space.row(2 + 2 * id), space.row(3 + 2 * id));
     }
     stream_end();
   }
@@ -233,8 +232,8 @@ const char* fwd(const LayerNormFwdParams& p) {
 // -------------------------------------------------------------------------------------------------------------
 
 template <typename T, typename R, typename A>
-void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, const Dropout& dropout, A* grad_weight,
-             A* grad_bias, A* factors) {
+void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, A* grad_weight, A* grad_bias, A* x_hats, A* gs,
+             A* factors) {
   const int64_t cols = p.cols;
   const A* stats = static_cast<const A*>(p.stats);
   const A mean = p.rms ? A{0} : stats[row], rstd = stats[row + (p.rms ? 0 : p.rows.count())];
@@ -252,6 +251,8 @@ void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, const Dr
       const Vec<A> g = grad * load(weight + c, count);
       sums.chains[chain] += g;
       products.chains[chain] = multiply_add(g, x_hat, products.chains[chain]);
+      store(x_hats + c, x_hat);
+      store(gs + c, g);
       store(grad_weight + c, multiply_add(grad, x_hat, load(grad_weight + c)));
       store(grad_bias + c, load(grad_bias + c) + grad);
     });
@@ -264,49 +265,51 @@ void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, const Dr
       static_cast<const R*>(p.grad_new_residual) + p.rows.offset(row, p.grad_new_residual_strides);
   const Result<T> grad_input(p.grad_input, row, p.rows, cols);
   const Result<R> grad_residual(p.grad_residual, row, p.rows, cols);
-  if (p.rng_state != nullptr) dropout_row(dropout, p.rng_state, row, cols, factors);
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
-    Vec<A> grad{};
-    __builtin_prefetch(next_grad + c);
-    __builtin_prefetch(next_x + c);
-    if (p.grad_output != nullptr) {
-      const Vec<A> x_hat = (load(normalized + c, count) - mean) * rstd;
-      const Vec<A> g = load(grad_output + c, count) * load(weight + c, count);
-      grad = rstd * multiply_add(x_hat, broadcast(-mean_gx), g - mean_g);
-    }
-    if (p.grad_new_residual != nullptr) grad += load(grad_new_residual + c, count);
-    if (p.grad_residual != nullptr) grad_residual.put(c, grad, count);
-    if (p.rng_state != nullptr) grad = dropped<A>(grad, load(factors + c, count));
-    if (p.grad_input != nullptr) grad_input.put(c, grad, count);
-  });
+  if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, cols, factors);
+  // Twice: without a residual's gradients and dropout no vector should ask for them.
+  const auto finish = [&](auto plain) {
+    for_columns<A>(cols, [&](int64_t c, int64_t count, int) {
+      __builtin_prefetch(next_grad + c);
+      __builtin_prefetch(next_x + c);
+      Vec<A> grad{};
+      if (plain.value || p.grad_output != nullptr) {
+        grad = rstd * multiply_add(load(x_hats + c), broadcast(-mean_gx), load(gs + c) - mean_g);
+      }
+      if (plain.value) return grad_input.put(c, grad, count);
+      if (p.grad_new_residual != nullptr) grad += load(grad_new_residual + c, count);
+      if (p.grad_residual != nullptr) grad_residual.put(c, grad, count);
+      if (p.rng_state != nullptr) grad = dropped<A>(grad, load(factors + c, count));
+      if (p.grad_input != nullptr) grad_input.put(c, grad, count);
+    });
+  };
+  const bool extras = p.grad_new_residual != nullptr || p.grad_residual != nullptr || p.rng_state != nullptr;
+  p.grad_output != nullptr && !extras ? finish(Constant<true>{}) : finish(Constant<false>{});
 }
 
-// The sum of the partial rows, in order, as a parameter's gradient.
+// Columns first to last of a parameter's gradient: the partial rows added up in order, in `total`.
 template <typename W, typename A>
-void add_up(const A* partials, int64_t partial_rows, int64_t cols, W* gradient) {
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
-    Vec<A> total{};
-    for (int64_t n = 0; n < partial_rows; ++n) total += load(partials + n * cols + c, count);
-    store(gradient + c, total, count);
-  });
-}
-template <>
-void add_up<float, double>(const double* partials, int64_t partial_rows, int64_t cols, float* gradient) {
-  for (int64_t c = 0; c < cols; ++c) {
-    double total = 0;
-    for (int64_t n = 0; n < partial_rows; ++n) total += partials[n * cols + c];
-    gradient[c] = static_cast<float>(total);
+void add_up(const A* partials, int64_t partial_rows, int64_t cols, int64_t first, int64_t last, A* total, W* gradient) {
+  for (int64_t c = first; c < last; ++c) total[c] = 0;
+  for (int64_t n = 0; n < partial_rows; ++n) {
+    for (int64_t c = first; c < last; ++c) total[c] += partials[n * cols + c];
   }
+  for_columns<A>(last - first, [&](int64_t c, int64_t count, int) {
+    store(gradient + first + c, load(total + first + c, count), count);
+  });
 }
 
 template <typename A>
-void parameter_gradient(const A* partials, int64_t partial_rows, int64_t cols, DType dtype, void* gradient) {
+void parameter_gradient(const A* partials, int64_t partial_rows, int64_t cols, int64_t first, int64_t last, A* total,
+                        DType dtype, void* gradient) {
   if (gradient == nullptr) return;
-  if (dtype == DType::kFloat32) return add_up(partials, partial_rows, cols, static_cast<float*>(gradient));
-  if constexpr (sizeof(A) == 8) return add_up(partials, partial_rows, cols, static_cast<double*>(gradient));
-  if constexpr (sizeof(A) == 4) {
-    dtype == DType::kBFloat16 ? add_up(partials, partial_rows, cols, static_cast<BFloat16*>(gradient))
-                              : add_up(partials, partial_rows, cols, static_cast<Half*>(gradient));
+  if constexpr (sizeof(A) == 8) {
+    add_up(partials, partial_rows, cols, first, last, total, static_cast<double*>(gradient));
+  } else if (dtype == DType::kFloat32) {
+    add_up(partials, partial_rows, cols, first, last, total, static_cast<float*>(gradient));
+  } else if (dtype == DType::kBFloat16) {
+    add_up(partials, partial_rows, cols, first, last, total, static_cast<BFloat16*>(gradient));
+  } else {
+    add_up(partials, partial_rows, cols, first, last, total, static_cast<Half*>(gradient));
   }
 }
 
@@ -315,29 +318,32 @@ const char* bwd(const LayerNormBwdParams& p) {
   using A = typename Arithmetic<T>::type;
   const int64_t rows = p.rows.count(), runs = p.partial_rows;
   const int threads = threads_for(rows, p.cols);
-  Workspace<A> space(1 + 3 * threads, p.cols);
+  Workspace<A> space(1 + 5 * threads, p.cols);
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
-  const Dropout dropout(p.dropout_p);
   A* partials = static_cast<A*>(p.partials);
   prefer_huge_pages(p.grad_input, rows * p.cols * sizeof(T));
   prefer_huge_pages(p.grad_residual, rows * p.cols * sizeof(R));
 #pragma omp parallel num_threads(threads)
   {
     const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
-    A *grad_weight = space.row(1 + 3 * id), *grad_bias = space.row(2 + 3 * id), *factors = space.row(3 + 3 * id);
+    A *grad_weight = space.row(1 + 5 * id), *grad_bias = space.row(2 + 5 * id);
     for (int64_t run = runs * id / n; run < runs * (id + 1) / n; ++run) {
       for (int64_t c = 0; c < p.cols; ++c) grad_weight[c] = grad_bias[c] = 0;
       for (int64_t row = rows * run / runs; row < rows * (run + 1) / runs; ++row) {
-        bwd_row<T, R, A>(p, row, weight, dropout, grad_weight, grad_bias, factors);
+        bwd_row<T, R, A>(p, row, weight, grad_weight, grad_bias, space.row(3 + 5 * id), space.row(4 + 5 * id),
+                         space.row(5 + 5 * id));
       }
       memcpy(partials + run * p.cols, grad_weight, p.cols * sizeof(A));
       memcpy(partials + (runs + run) * p.cols, grad_bias, p.cols * sizeof(A));
     }
     stream_end();
+#pragma omp barrier
+    const int64_t first = p.cols * id / n, last = p.cols * (id + 1) / n;
+    const A* bias_partials = partials + runs * p.cols;
+    parameter_gradient(partials, runs, p.cols, first, last, grad_weight, p.parameter_dtype, p.grad_weight);
+    parameter_gradient(bias_partials, runs, p.cols, first, last, grad_bias, p.parameter_dtype, p.grad_bias);
   }
-  parameter_gradient(partials, runs, p.cols, p.parameter_dtype, p.grad_weight);
-  parameter_gradient(partials + runs * p.cols, runs, p.cols, p.parameter_dtype, p.grad_bias);
   return nullptr;
 }
 

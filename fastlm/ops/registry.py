@@ -28,6 +28,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from fastlm.ops.checks import TENSORS
+from fastlm.ops.measured import fastest
 
 KNOWN_NAMES = ("auto", "cuda", "triton", "cpu", "native", "reference")
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -54,8 +55,8 @@ class Backend:
         dtypes: dtypes of the op's first tensor that it serves.
         reasons: given the op's inputs (its named tuple), why it cannot serve them; empty if it can.
         call: takes the op's inputs and runs outside `torch.ops.fastlm`, under torch's own autograd.
-        fwd, bwd: what runs inside `torch.ops.fastlm.<op>_fwd` and `_bwd`; same arguments but for `backend`.
-            A backend has either `call`, or `fwd` and `bwd`.
+        fwd, bwd: what runs inside `torch.ops.fastlm.<op>_fwd` and `_bwd`; same arguments but for `backend`. Of a
+            gradient that is not needed `bwd` may return anything. A backend has either `call`, or `fwd` and `bwd`.
         available: "" or why it cannot run at all on this machine or in this installation.
         copies: what it would copy of these inputs, for `explain`.
     """
@@ -100,7 +101,7 @@ class Op:
         composite: the same function of the same inputs in plain differentiable torch operations: what a compiler
             decomposes to, and what function transforms and gradients that `bwd` lacks run through.
         auto: backends in the order in which "auto" tries them.
-        measured: the backend that a measurement puts first for such inputs, "" for none.
+        measured: the backend that a measurement puts first for such inputs, "" for none; else measured.json says it.
         fusable: under `torch.compile`, "auto" decomposes so that the op can be fused with its neighbours.
         result: the public result, from the outputs of `fwd` and the inputs.
         draws: the last two inputs are `dropout_p` and `rng_state`, which is drawn when one of our implementations runs.
@@ -108,7 +109,8 @@ class Op:
         stand_ins: for inputs that backward does not keep, the saved tensor that backends may look at instead.
         one_gradient: from the arguments of `bwd` by name, whether its first two gradients are equal: then only the
             second is asked for, and both inputs get that tensor, as torch's own addition does it.
-        key: from the inputs, all that the choice among backends depends on, so that it is made once for each.
+        key: from the inputs, all that the choice among backends depends on besides `measured`, so that it is made once
+            for each.
     """
 
     def __init__(
@@ -124,14 +126,15 @@ class Op:
         fusable: bool,
         result: Callable[[tuple[Tensor, ...], Any], Any],
         draws: bool = False,
-        measured: Callable[[Any], str] = lambda inputs: "",
+        measured: Callable[[Any], str] | None = None,
         beyond_bwd: Callable[[Any], list[str]] = _none,
         stand_ins: dict[str, str] | None = None,
         one_gradient: Callable[[dict[str, Any]], bool] | None = None,
         key: Callable[[Any], tuple[Any, ...]] | None = None,
     ) -> None:
         self.name, self.auto, self.fusable = name, auto, fusable
-        self.inputs, self.draws, self.measured, self.one_gradient = inputs, draws, measured, one_gradient
+        self.inputs, self.draws, self.one_gradient = inputs, draws, one_gradient
+        self._measured = measured
         self.composite = self._seeded(composite)
         self.result, self.beyond_bwd, self.stand_ins = result, beyond_bwd, stand_ins or {}
         self.key = key
@@ -154,7 +157,7 @@ class Op:
         plain = self._beyond_op(inputs)
         key = None
         if self.key is not None and not plain and not _state.explaining:
-            key = (names, self.key(inputs))
+            key = (names, self.measured(inputs), self.key(inputs))
             if (known := self._chosen.get(key)) is not None:
                 return known
         rejected = {}
@@ -177,6 +180,12 @@ class Op:
         if names == ("auto",):
             return self._auto(inputs)
         return [each for name in names for each in (self._auto(inputs) if name == "auto" else (name,))]
+
+    def measured(self, inputs: Any) -> str:
+        if self._measured is not None:
+            return self._measured(inputs)
+        # A compiler cannot trace the table, and need not: an opaque op chooses when it runs.
+        return "" if torch.compiler.is_compiling() else fastest(self.name, inputs[0])
 
     def _auto(self, inputs: Any) -> tuple[str, ...]:
         first = self.measured(inputs)
@@ -237,18 +246,15 @@ class Op:
         if backend is None or backend.fwd is None or _watched(args):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.fwd(*args)
-        return self._or_reference(backend, args[0]).fwd(*args[:-1])  # type: ignore[misc]
+        if args[0].numel() == 0:
+            backend = self.backends["reference"]
+        return backend.fwd(*args[:-1])  # type: ignore[misc]
 
     def _eager_bwd(self, *args: Any) -> Any:
         backend = self.backends.get(args[-1])
         if backend is None or backend.bwd is None or _watched(args):
             return self.bwd(*args)
-        tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        return self._or_reference(backend, tensor).bwd(*args[:-1])  # type: ignore[misc]
-
-    def _or_reference(self, backend: Backend, tensor: Tensor) -> Backend:
-        """No kernel meets an empty input."""
-        return backend if tensor.numel() else self.backends["reference"]
+        return backend.bwd(*args[:-1])
 
     def _seeded(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, with a fresh `rng_state` as last input where dropout needs one."""
@@ -273,7 +279,7 @@ class Op:
             elif backend.fwd is None:
                 rejected[name] = [f"runs outside torch.ops.fastlm.{self.name}_fwd"]
             else:
-                return self._or_reference(backend, inputs[0])
+                return backend if inputs[0].numel() else self.backends["reference"]  # no kernel meets an empty input
         raise BackendError(self._complaint(inputs, _parse(names), rejected))
 
     def _unknown(self) -> list[str]:
@@ -286,13 +292,20 @@ class Op:
     # Running ----------------------------------------------------------------------------------------------------
 
     def _run_fwd(self, *args: Any) -> Any:
-        return _contiguous(self._kernel(self.inputs._make(args[:-1]), args[-1]).fwd(*args[:-1]))  # type: ignore[misc]
+        outputs = self._kernel(self.inputs._make(args[:-1]), args[-1]).fwd(*args[:-1])  # type: ignore[misc]
+        # Contiguous whatever the inputs are, so that a compiler knows the strides.
+        return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(y.contiguous() for y in outputs)
 
     def _run_bwd(self, *args: Any) -> Any:
         given = dict(zip(self._bwd_names, args, strict=True))
         fields = self.inputs._fields
         inputs = self.inputs(*(given.get(self.stand_ins.get(name, name)) for name in fields))
-        return _contiguous(self._kernel(inputs, args[-1]).bwd(*args[:-1]))  # type: ignore[misc]
+        gradients = self._kernel(inputs, args[-1]).bwd(*args[:-1])  # type: ignore[misc]
+        if isinstance(gradients, Tensor):
+            return gradients.contiguous()
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        pairs = zip(gradients, given["needs_grad"], strict=True)
+        return tuple(gradient.contiguous() if wanted else tensor.new_empty(0) for gradient, wanted in pairs)
 
     def _fake_bwd(self, *args: Any) -> Any:
         given = dict(zip(self._bwd_names, args, strict=True))
@@ -348,13 +361,6 @@ def _watched(args: Sequence[Any]) -> bool:
     return False
 
 
-def _contiguous(outputs: Any) -> Any:
-    """What an op returns is contiguous whatever its inputs are, so that a compiler knows its strides."""
-    if isinstance(outputs, Tensor):
-        return outputs.contiguous()
-    return tuple([output.contiguous() for output in outputs])
-
-
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
@@ -387,7 +393,8 @@ def _autograd_function(op: Op) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         results = op._eager_fwd(*args)
         ctx.save_for_backward(*inputs_of(args), *outputs_of(results))
-        ctx.rest = (*scalars_of(args), *[tensor.dtype for tensor in typed_of(args)], args[-1])
+        backend = args[-1] if args[0].numel() else "reference"
+        ctx.rest = (*scalars_of(args), *[tensor.dtype for tensor in typed_of(args)], backend)
         ctx.mark_non_differentiable(*statistics_of(results))
         ctx.set_materialize_grads(False)
         return results

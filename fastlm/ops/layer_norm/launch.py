@@ -17,7 +17,7 @@ from fastlm.ops.compiled import Launchers
 
 Shape = Sequence[int]
 Fwd = tuple[Tensor, Tensor, Tensor]
-Bwd = tuple[Tensor, Tensor, Tensor, Tensor]
+Bwd = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def fwd(
@@ -83,7 +83,7 @@ def bwd(
     input_dtype: torch.dtype,
     needs_grad: Sequence[bool],
 ) -> Bwd:
-    """-> gradients of input, residual, weight and bias; empty where not needed."""
+    """-> gradients of input, residual, weight and bias; None where not needed."""
     columns = math.prod(normalized_shape)
     (grad_output, grad_new_residual, normalized), sizes, strides = _as_rows(
         (grad_output, grad_new_residual, normalized), normalized_shape, columns
@@ -119,9 +119,7 @@ def bwd(
         partials,
         *launchers.extra(normalized),
     )
-    return tuple(
-        [stats.new_empty(0) if grad is None else grad for grad in (grad_input, grad_residual, grad_weight, grad_bias)]
-    )  # type: ignore[return-value]
+    return grad_input, grad_residual, grad_weight, grad_bias
 
 
 def _gradient(like: Tensor | None, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:

@@ -289,7 +289,7 @@ def _one_gradient(bwd: dict[str, Any]) -> bool:
 
 
 def _key(inputs: Any) -> tuple[Any, ...]:
-    """The device, all dtypes, and whether the input is large: what `reasons` and `measured` look at."""
+    """The device and all dtypes: what `reasons` look at."""
     input = inputs[0]
     return (input.device, *[x.dtype if isinstance(x, Tensor) else None for x in inputs])
 
@@ -489,7 +489,7 @@ def register(
         fwd: (rms, input, residual, normalized_shape, weight, bias, eps, dropout_p, rng_state) -> (output, new_residual,
             stats). No residual: None.
         bwd: (rms, grad_output, grad_new_residual, normalized, weight, bias, stats, normalized_shape, dropout_p,
-            rng_state, input_dtype, needs_grad) -> gradients of input, residual, weight and bias, empty if not needed.
+            rng_state, input_dtype, needs_grad) -> gradients of input, residual, weight and bias, None if not needed.
             `normalized` is new_residual, without residual the input. No upstream gradient: None.
         devices: device types served.
     """
@@ -536,7 +536,7 @@ def register(
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return bwd(True, dy, dx, x, weight, None, stats, shape, p, rng_state, dtype, (*needs, False))[:3]
 
-    functions = {
+    functions: dict[Op, tuple[Callable[..., Any], Callable[..., Any]]] = {
         LAYER_NORM: (layer_norm_fwd, layer_norm_bwd),
         RMS_NORM: (rms_norm_fwd, rms_norm_bwd),
         ADD_LAYER_NORM: (add_layer_norm_fwd, add_layer_norm_bwd),
@@ -562,7 +562,7 @@ def register_cpu(name: str, launchers: Launchers) -> None:
     register(
         name,
         functools.partial(launch.fwd, launchers),
-        functools.partial(launch.bwd, launchers, lambda rows: max(1, min(rows // 8, 128))),
+        functools.partial(launch.bwd, launchers, lambda rows: max(1, min(rows // 8, 64))),
         devices={"cpu"},
         dtypes=FLOATS,
         reasons=_cpu_reasons,
@@ -585,6 +585,8 @@ def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None
 
 register_cpu("cpu", CPU)
 register_cuda("cuda", CUDA)
+
+
 def _triton_fwd(*args: Any) -> Any:
     from fastlm.ops.layer_norm import triton
 
