@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_long_kernel(const 
     const BwdRow<T, R> at(p, row);
     const float mean = load_mean(p, row), rstd = load_rstd(p, row);
     float grad[1] = {0.0f}, g[1] = {0.0f}, x_hat[1] = {0.0f}, mean_g = 0.0f, mean_gx = 0.0f;
+    FASTLM_NO_UNROLL
     for (int64_t column = threadIdx.x; column < p.cols; column += blockDim.x) {
       if (p.grad_output != nullptr) load_upstream<T, R, 1>(p, at, column, mean, rstd, grad, g, x_hat);
       weight_partial[column] = (first ? 0.0f : weight_partial[column]) + grad[0] * x_hat[0];
@@ -174,6 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_long_kernel(const 
     }
     mean_g = p.rms ? 0.0f : row_sum(mean_g) / p.cols;
     mean_gx = row_sum(mean_gx) / p.cols;
+    FASTLM_NO_UNROLL
     for (int64_t column = threadIdx.x; column < p.cols; column += blockDim.x) {
       if (p.grad_output != nullptr) load_upstream<T, R, 1>(p, at, column, mean, rstd, grad, g, x_hat);
       grad[0] = p.grad_output == nullptr ? 0.0f : rstd * (g[0] - mean_g - x_hat[0] * mean_gx);

@@ -155,25 +155,35 @@ class Result {
   bool past_caches_;
 };
 
-// Forward
-// --------------------------------------------------------------------------------------------------------------
+// Forward ------------------------------------------------------------------------------------------------------------
 
+// Where the row after this one begins, to be fetched while this one is worked on.
+template <typename T>
+const T* row_after(const void* data, int64_t row, const Rows& rows, const Four& strides) {
+  return static_cast<const T*>(data) + rows.offset(row + 1 < rows.count() ? row + 1 : row, strides);
+}
+
+// A row on its way through the three steps of forward.
+template <typename A>
+struct FwdRow {
+  A* space;       // [cols] to keep what is normalised in
+  const A* wide;  // [cols] what is normalised: in `space`, or the input itself
+  A mean, rstd;
+};
+
+// Forms what is normalised, and its mean.
 template <typename T, typename R, typename A>
-void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, A* wide, A* factors) {
+void fwd_sum(const LayerNormFwdParams& p, int64_t row, A* factors, FwdRow<A>& state) {
   const int64_t cols = p.cols;
   const T* input = static_cast<const T*>(p.input) + p.rows.offset(row, p.input_strides);
-  const int64_t next_row = row + 1 < p.rows.count() ? row + 1 : row;
-  const T* next = static_cast<const T*>(p.input) + p.rows.offset(next_row, p.input_strides);
-  const Result<T> output(p.output, row, p.rows, cols);
-
-  Sums<A> sums, squares;
+  A* space = state.space;
+  Sums<A> sums;
   if (p.residual == nullptr) {
     for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
       const Vec<A> x = load(input + c, count);
-      if constexpr (sizeof(T) != sizeof(A)) store(wide + c, x);
+      if constexpr (sizeof(T) != sizeof(A)) store(space + c, x);
       sums.chains[chain] += x;
     });
-    if constexpr (sizeof(T) == sizeof(A)) wide = const_cast<T*>(input);
   } else {
     const R* residual = static_cast<const R*>(p.residual) + p.rows.offset(row, p.residual_strides);
     const Result<R> new_residual(p.new_residual, row, p.rows, cols);
@@ -184,26 +194,39 @@ void fwd_row(const LayerNormFwdParams& p, int64_t row, const A* weight, const A*
       const Packed<R> rounded = Pack<R>::bits(x + load(residual + c, count));
       x = load(reinterpret_cast<const R*>(&rounded));
       new_residual.put(c, x, count);
-      store(wide + c, x);
+      store(space + c, x);
       sums.chains[chain] += x;
     });
   }
+  state.wide = space;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (p.residual == nullptr) state.wide = input;
+  }
+  state.mean = p.rms ? A{0} : sums.total() / static_cast<A>(cols);
+}
 
-  const A mean = p.rms ? A{0} : sums.total() / static_cast<A>(cols);
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+template <typename T, typename A>
+void fwd_variance(const LayerNormFwdParams& p, int64_t row, FwdRow<A>& state) {
+  const T* next = row_after<T>(p.input, row + 1, p.rows, p.input_strides);  // of the row whose sum is formed next
+  Sums<A> squares;
+  for_columns<A>(p.cols, [&](int64_t c, int64_t count, int chain) {
     __builtin_prefetch(next + c);
-    const Vec<A> centred = first<A>(load(wide + c, count) - mean, count);
+    const Vec<A> centred = first<A>(load(state.wide + c, count) - state.mean, count);
     squares.chains[chain] = multiply_add(centred, centred, squares.chains[chain]);
   });
-  const A rstd = 1 / std::sqrt(squares.total() / static_cast<A>(cols) + static_cast<A>(p.eps));
+  state.rstd = 1 / std::sqrt(squares.total() / static_cast<A>(p.cols) + static_cast<A>(p.eps));
+}
 
-  for_columns<A>(cols, [&](int64_t c, int64_t count, int) {
-    const Vec<A> x_hat = (load(wide + c, count) - mean) * rstd;
+template <typename T, typename A>
+void fwd_output(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, const FwdRow<A>& state) {
+  const Result<T> output(p.output, row, p.rows, p.cols);
+  for_columns<A>(p.cols, [&](int64_t c, int64_t count, int) {
+    const Vec<A> x_hat = (load(state.wide + c, count) - state.mean) * state.rstd;
     output.put(c, multiply_add(x_hat, load(weight + c, count), load(bias + c, count)), count);
   });
   A* stats = static_cast<A*>(p.stats);
-  if (!p.rms) stats[row] = mean;
-  stats[row + (p.rms ? 0 : p.rows.count())] = rstd;
+  if (!p.rms) stats[row] = state.mean;
+  stats[row + (p.rms ? 0 : p.rows.count())] = state.rstd;
 }
 
 template <typename T, typename R>
@@ -211,7 +234,7 @@ const char* fwd(const LayerNormFwdParams& p) {
   using A = typename Arithmetic<T>::type;
   const int64_t rows = p.rows.count();
   const int threads = threads_for(rows, p.cols);
-  Workspace<A> space(2 + 2 * threads, p.cols);
+  Workspace<A> space(2 + 4 * threads, p.cols);
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
   const A* bias = parameter<A>(p.bias, p.parameter_dtype, 0, p.cols, space.row(1));
@@ -220,32 +243,42 @@ const char* fwd(const LayerNormFwdParams& p) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
-    for (int64_t row = rows * id / n; row < rows * (id + 1) / n; ++row) {
-      fwd_row<T, R, A>(p, row, weight, bias, space.row(2 + 2 * id), space.row(3 + 2 * id));
+    const int64_t first = rows * id / n, last = rows * (id + 1) / n;
+    A* factors = space.row(2 + 4 * id);
+    FwdRow<A> states[3] = {{space.row(3 + 4 * id)}, {space.row(4 + 4 * id)}, {space.row(5 + 4 * id)}};
+    // Three rows at a time, each a step behind the other, so that none waits for its own sums.
+    for (int64_t row = first; row < last + 2; ++row) {
+      if (row < last) fwd_sum<T, R, A>(p, row, factors, states[row % 3]);
+      if (row > first && row <= last) fwd_variance<T, A>(p, row - 1, states[(row - 1) % 3]);
+      if (row > first + 1) fwd_output<T, A>(p, row - 2, weight, bias, states[(row - 2) % 3]);
     }
     stream_end();
   }
   return nullptr;
 }
 
-// Backward
-// -------------------------------------------------------------------------------------------------------------
+// Backward -----------------------------------------------------------------------------------------------------------
 
+// A row on its way through the two steps of backward.
+template <typename A>
+struct BwdRow {
+  A* x_hat;  // [cols] to keep x_hat in
+  A* g;      // [cols] to keep g in
+  A rstd, mean_g, mean_gx;
+};
+
+// Adds to the gradients of the parameters, and forms x_hat, g and their means.
 template <typename T, typename R, typename A>
-void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, A* grad_weight, A* grad_bias, A* x_hats, A* gs,
-             A* factors) {
-  const int64_t cols = p.cols;
+void bwd_sums(const LayerNormBwdParams& p, int64_t row, const A* weight, A* grad_weight, A* grad_bias,
+              BwdRow<A>& state) {
   const A* stats = static_cast<const A*>(p.stats);
   const A mean = p.rms ? A{0} : stats[row], rstd = stats[row + (p.rms ? 0 : p.rows.count())];
+  A *x_hats = state.x_hat, *gs = state.g;
   const T* grad_output = static_cast<const T*>(p.grad_output) + p.rows.offset(row, p.grad_output_strides);
   const R* normalized = static_cast<const R*>(p.normalized) + p.rows.offset(row, p.normalized_strides);
-  const int64_t next_row = row + 1 < p.rows.count() ? row + 1 : row;
-  const T* next_grad = static_cast<const T*>(p.grad_output) + p.rows.offset(next_row, p.grad_output_strides);
-  const R* next_x = static_cast<const R*>(p.normalized) + p.rows.offset(next_row, p.normalized_strides);
-
   Sums<A> sums, products;
   if (p.grad_output != nullptr) {
-    for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
+    for_columns<A>(p.cols, [&](int64_t c, int64_t count, int chain) {
       const Vec<A> grad = load(grad_output + c, count);
       const Vec<A> x_hat = first<A>((load(normalized + c, count) - mean) * rstd, count);
       const Vec<A> g = grad * load(weight + c, count);
@@ -257,18 +290,26 @@ void bwd_row(const LayerNormBwdParams& p, int64_t row, const A* weight, A* grad_
       store(grad_bias + c, load(grad_bias + c) + grad);
     });
   }
-  if (p.grad_input == nullptr && p.grad_residual == nullptr) return;
+  state.rstd = rstd;
+  state.mean_g = p.rms ? A{0} : sums.total() / static_cast<A>(p.cols);
+  state.mean_gx = products.total() / static_cast<A>(p.cols);
+}
 
-  const A mean_g = p.rms ? A{0} : sums.total() / static_cast<A>(cols),
-          mean_gx = products.total() / static_cast<A>(cols);
+template <typename T, typename R, typename A>
+void bwd_grads(const LayerNormBwdParams& p, int64_t row, A* factors, const BwdRow<A>& state) {
+  if (p.grad_input == nullptr && p.grad_residual == nullptr) return;
+  const A rstd = state.rstd, mean_g = state.mean_g, mean_gx = state.mean_gx;
+  const A *x_hats = state.x_hat, *gs = state.g;
+  const T* next_grad = row_after<T>(p.grad_output, row + 1, p.rows, p.grad_output_strides);
+  const R* next_x = row_after<R>(p.normalized, row + 1, p.rows, p.normalized_strides);
   const R* grad_new_residual =
       static_cast<const R*>(p.grad_new_residual) + p.rows.offset(row, p.grad_new_residual_strides);
-  const Result<T> grad_input(p.grad_input, row, p.rows, cols);
-  const Result<R> grad_residual(p.grad_residual, row, p.rows, cols);
-  if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, cols, factors);
+  const Result<T> grad_input(p.grad_input, row, p.rows, p.cols);
+  const Result<R> grad_residual(p.grad_residual, row, p.rows, p.cols);
+  if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, p.cols, factors);
   // Twice: without a residual's gradients and dropout no vector should ask for them.
   const auto finish = [&](auto plain) {
-    for_columns<A>(cols, [&](int64_t c, int64_t count, int) {
+    for_columns<A>(p.cols, [&](int64_t c, int64_t count, int) {
       __builtin_prefetch(next_grad + c);
       __builtin_prefetch(next_x + c);
       Vec<A> grad{};
@@ -318,7 +359,7 @@ const char* bwd(const LayerNormBwdParams& p) {
   using A = typename Arithmetic<T>::type;
   const int64_t rows = p.rows.count(), runs = p.partial_rows;
   const int threads = threads_for(rows, p.cols);
-  Workspace<A> space(1 + 5 * threads, p.cols);
+  Workspace<A> space(1 + 7 * threads, p.cols);
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
   A* partials = static_cast<A*>(p.partials);
@@ -327,12 +368,16 @@ const char* bwd(const LayerNormBwdParams& p) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t n = omp_get_num_threads(), id = omp_get_thread_num();
-    A *grad_weight = space.row(1 + 5 * id), *grad_bias = space.row(2 + 5 * id);
+    A *grad_weight = space.row(1 + 7 * id), *grad_bias = space.row(2 + 7 * id), *factors = space.row(3 + 7 * id);
+    BwdRow<A> states[2] = {{space.row(4 + 7 * id), space.row(5 + 7 * id)},
+                           {space.row(6 + 7 * id), space.row(7 + 7 * id)}};
     for (int64_t run = runs * id / n; run < runs * (id + 1) / n; ++run) {
       for (int64_t c = 0; c < p.cols; ++c) grad_weight[c] = grad_bias[c] = 0;
-      for (int64_t row = rows * run / runs; row < rows * (run + 1) / runs; ++row) {
-        bwd_row<T, R, A>(p, row, weight, grad_weight, grad_bias, space.row(3 + 5 * id), space.row(4 + 5 * id),
-                         space.row(5 + 5 * id));
+      const int64_t first = rows * run / runs, last = rows * (run + 1) / runs;
+      // Two rows at a time, one a step behind the other, so that none waits for its own sums.
+      for (int64_t row = first; row < last + 1; ++row) {
+        if (row < last) bwd_sums<T, R, A>(p, row, weight, grad_weight, grad_bias, states[row % 2]);
+        if (row > first) bwd_grads<T, R, A>(p, row - 1, factors, states[(row - 1) % 2]);
       }
       memcpy(partials + run * p.cols, grad_weight, p.cols * sizeof(A));
       memcpy(partials + (runs + run) * p.cols, grad_bias, p.cols * sizeof(A));

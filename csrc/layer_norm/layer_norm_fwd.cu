@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_fwd_long_kernel(const 
       return p.residual == nullptr ? to_float(at.input[column]) : to_float(at.new_residual[column]);
     };
     float sum = 0.0f;
+    FASTLM_NO_UNROLL
     for (int64_t column = threadIdx.x; column < p.cols; column += blockDim.x) {
       float x[1];
       load_sum<T, R, 1>(f, at, column, f.dropout.kept<1>(p.rng_state, row, column), x);
@@ -125,12 +126,14 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_fwd_long_kernel(const 
     const float mean = p.rms ? 0.0f : row_sum(sum) / p.cols;
 
     float squares = 0.0f;
+    FASTLM_NO_UNROLL
     for (int64_t column = threadIdx.x; column < p.cols; column += blockDim.x) {
       const float x = again(column) - mean;
       squares += x * x;
     }
     const float rstd = rsqrtf(row_sum(squares) / p.cols + static_cast<float>(p.eps));
 
+    FASTLM_NO_UNROLL
     for (int64_t column = threadIdx.x; column < p.cols; column += blockDim.x) {
       const float x[1] = {again(column)};
       store_output<T, 1>(p, at.output, column, x, mean, rstd);

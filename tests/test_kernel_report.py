@@ -1,0 +1,322 @@
+"""What the compilers made of every kernel, held to one table of budgets; and the tool that reports it, checked.
+
+Compiling everything takes minutes, so that the budgets are checked for a part: CUDA for the architectures that setup.py
+builds, Triton for two, each with its own ptxas, and two widths of rows. FASTLM_ALL_KERNELS=1 checks all. Results are
+cached: a second run takes seconds.
+"""
+
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from proof import kernel_report
+
+ROOT = Path(__file__).parent.parent
+READERS = ("cuobjdump", "nvdisasm")
+ALL = os.environ.get("FASTLM_ALL_KERNELS") == "1"
+EVERY = tuple(kernel_report.LIMITS)
+BUILT = (75, 80, 90, 100, 120)  # by setup.py; 86 and 89 run the code for 80
+PARTS = {
+    "cuda": (EVERY if ALL else BUILT, ""),
+    "triton": (EVERY if ALL else (90, 100), "" if ALL else " (768|5120) "),
+}
+
+pytestmark = pytest.mark.slow
+no_readers = [name for name in READERS if not kernel_report.find_tool(name)]
+LACKING = {
+    "cuda": no_readers + ["nvcc"] * (not kernel_report.find_tool("nvcc")),
+    "triton": no_readers + ["triton"] * (not kernel_report._triton),
+}
+needs = {kind: pytest.mark.skipif(bool(names), reason=f"no {', '.join(names)}") for kind, names in LACKING.items()}
+kinds = pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs[kind]) for kind in PARTS])
+
+
+def run_tool(*arguments):
+    """The report as the tool's JSON has it; two runs at a time compile nothing twice."""
+    command = [sys.executable, kernel_report.__file__, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """Kernels by kind."""
+    found = {}
+
+    def of(kind):
+        if kind not in found:
+            file = tmp_path_factory.mktemp("report") / "report.json"
+            architectures, pattern = PARTS[kind]
+            run_tool("--only", kind, "--arch", ",".join(map(str, architectures)), "--json", file, pattern)
+            found[kind] = json.loads(file.read_text())["kernels"]
+        return found[kind]
+
+    return of
+
+
+# Budgets ----------------------------------------------------------------------------------------------------------
+
+
+class Budget(NamedTuple):
+    """The most that a kernel may use. Of accesses of less than 16 bytes: bytes per thread -> instructions."""
+
+    registers: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+ANY = dict.fromkeys((1, 2, 4, 8), 1000)
+# Mean and rstd are 4 bytes each (two rows of them at once 8); seed and offset of dropout are loads of 8 and 4 bytes.
+# CUDA: beside fp32 elements a thread takes four of a vector, so that the input, weight or bias in 16 bits is 8 bytes.
+# Triton: where a row is more than three pieces, backward has 4 elements of each in a thread: 8 bytes in 16 bits; seed
+# and offset are loaded for each piece; partial sums are stored in 8 bytes, once a program.
+BUDGETS = {
+    r"layer_norm_fwd_kernel<(bf16|fp16), \1, 8>": Budget(64, 256, {8: 1, 4: 1}, {4: 2}),
+    r"layer_norm_fwd_kernel<(bf16|fp16), fp32, 4>": Budget(64, 256, {8: 21, 4: 1}, {8: 4, 4: 2}),
+    r"layer_norm_fwd_kernel<fp32, fp32, 4>": Budget(64, 256, {8: 17, 4: 1}, {4: 2}),
+    r"layer_norm_fwd_kernel<.*, 1>": Budget(96, 256, ANY, ANY),
+    r"layer_norm_fwd_long_kernel<.*>": Budget(64, 256, ANY, ANY),
+    r"layer_norm_bwd_kernel<(bf16|fp16), \1, 8>": Budget(128, 8448, {8: 1, 4: 3}, {}),
+    r"layer_norm_bwd_kernel<(bf16|fp16), fp32, 4>": Budget(128, 8448, {8: 13, 4: 3}, {8: 4}),
+    r"layer_norm_bwd_kernel<fp32, fp32, 4>": Budget(128, 8448, {8: 9, 4: 3}, {}),
+    r"layer_norm_bwd_kernel<.*, 1>": Budget(128, 8448, ANY, ANY),
+    r"layer_norm_bwd_long_kernel<.*>": Budget(64, 256, ANY, ANY),
+    r"layer_norm_bwd_sum_kernel": Budget(32, 2048, ANY, ANY),
+    r"(add_)?layer_norm \d+ \w+ _sum_kernel": Budget(64, 512, {}, {4: 2, 2: 2}),
+    r"layer_norm (768|5120|8192) \w+ _fwd_kernel": Budget(72, 64, {}, {4: 2}),
+    r"layer_norm 1600 \w+ _fwd_kernel": Budget(96, 64, {}, {4: 2}),
+    r"add_layer_norm (768|5120|8192) bfloat16 _fwd_kernel": Budget(72, 16384, {8: 5, 4: 5}, {4: 2}),
+    r"add_layer_norm 1600 bfloat16 _fwd_kernel": Budget(96, 4096, {8: 7, 4: 7}, {4: 2}),
+    r"layer_norm 768 \w+ _bwd_kernel": Budget(168, 4096, {4: 4}, {8: 6}),
+    r"add_layer_norm 768 bfloat16 _bwd_kernel": Budget(176, 4096, {8: 3, 4: 5}, {8: 6}),
+    r"layer_norm 1600 \w+ _bwd_kernel": Budget(168, 2048, {8: 21, 4: 2}, {8: 21}),
+    r"add_layer_norm 1600 bfloat16 _bwd_kernel": Budget(200, 2048, {8: 21, 4: 9}, {8: 21}),
+    r"layer_norm 5120 float32 _bwd_kernel": Budget(144, 32, {4: 2}, {}),
+    r"layer_norm 5120 bfloat16 _bwd_kernel": Budget(128, 32, {8: 15, 4: 2}, {8: 5}),
+    r"add_layer_norm 5120 bfloat16 _bwd_kernel": Budget(168, 32, {8: 15, 4: 7}, {8: 5}),
+    r"layer_norm 8192 \w+ _bwd_kernel": Budget(128, 16384, {4: 2}, {}),
+    r"add_layer_norm 8192 bfloat16 _bwd_kernel": Budget(128, 16384, {8: 2, 4: 4}, {}),
+    r"(add_)?layer_norm 32768 \w+ _fwd_wide_kernel": Budget(64, 16384, {8: 2, 4: 2}, {4: 2}),
+    r"(add_)?layer_norm 32768 \w+ _bwd_wide_kernel": Budget(64, 16384, {8: 1, 4: 3}, {}),
+    r"(add_)?layer_norm 32768 \w+ _bwd_wide_parameters_kernel": Budget(72, 4096, {8: 2}, {}),
+}
+# Bytes stored to local memory; all other kernels store none, CUDA ones without exception. From release 13 on, ptxas keeps
+# to 64 or 128 registers, a block more per multiprocessor, where that costs a spilled register or two.
+SPILLS = {
+    ("add_layer_norm 32768 bfloat16 _bwd_wide_parameters_kernel", 100): 8,
+    ("add_layer_norm 5120 bfloat16 _bwd_kernel", 120): 4,
+}
+
+
+def overdrawn(kernel, budget, spill=0):
+    """What of its budget a kernel exceeds."""
+    found = []
+
+    def hold(what, used, most):
+        if used > most:
+            found.append(f"{kernel['kernel']} sm_{kernel['arch']}: {what} {used}, budget {most}")
+
+    hold("registers", kernel["registers"], budget.registers)
+    hold("shared memory", kernel["shared"], budget.shared)
+    hold("spilled bytes", kernel["spill_stores"], spill)
+    hold("local memory", kernel["local"], 2 * spill)  # the stack is aligned to 8 bytes
+    hold("registers of 512 threads", kernel["registers"] if kernel["threads"] >= 512 else 0, 128)
+    for kind, narrow in (("load", budget.loads), ("store", budget.stores)):
+        for size, n in kernel_report.widths(kernel["instructions"], f"global {kind}").items():
+            if size < 16:
+                hold(f"{kind}s of {size} bytes", n, narrow.get(size, 0))
+    return found
+
+
+@kinds
+def test_every_kernel_keeps_to_its_budget(report, kind):
+    found = []
+    for kernel in report(kind):
+        budget = next((b for pattern, b in BUDGETS.items() if re.fullmatch(pattern, kernel["kernel"])), None)
+        assert budget is not None, f"{kernel['kernel']} has no budget"
+        found += overdrawn(kernel, budget, SPILLS.get((kernel["kernel"], kernel["arch"]), 0))
+        assert kernel["blocks"] > 0, f"{kernel['kernel']} does not fit on a multiprocessor of sm_{kernel['arch']}"
+    assert not found, "\n".join(found)
+
+
+@kinds
+def test_no_instruction_is_left_unclassified(report, kind):
+    left = {kernel["kernel"]: kernel["instructions"].get("other", 0) for kernel in report(kind)}
+    assert {name: n for name, n in left.items() if n} == {}
+
+
+@needs["cuda"]
+def test_report_has_every_instantiation_that_csrc_registers(report):
+    pairs = len(re.findall(r"^  function\(", (ROOT / "csrc/common/dispatch.cuh").read_text(), re.M))
+    registered, defined = collections.Counter(), set()
+    for path in (ROOT / "csrc").rglob("*.cu"):
+        text = path.read_text()
+        for name, of_types in re.findall(r"^ +register_kernel\(.*\", (\w+)(<T, R)?", text, re.M):
+            registered[name] += pairs if of_types else 1
+        defined |= set(re.findall(r"__global__ void[^;{]*?(\w+)\(const", text))
+    assert set(registered) == defined
+    for architecture in PARTS["cuda"][0]:
+        names = [kernel["kernel"] for kernel in report("cuda") if kernel["arch"] == architecture]
+        assert len(names) == len(set(names))
+        assert collections.Counter(name.split("<")[0] for name in names) == registered
+
+
+@needs["triton"]
+def test_report_has_triton_kernels_of_every_part_for_each_architecture(report):
+    by_architecture = collections.defaultdict(list)
+    for kernel in report("triton"):
+        by_architecture[kernel["arch"]].append(kernel["kernel"])
+    assert tuple(by_architecture) == PARTS["triton"][0]
+    [names] = {tuple(names) for names in by_architecture.values()}
+    assert len(names) == len(set(names)) >= 18
+
+
+# The tool ---------------------------------------------------------------------------------------------------------
+
+SAMPLE = """
+// 64 values that live across a barrier, in 32 registers.
+__global__ void __launch_bounds__(1024, 2) spilling_kernel(const float4* x, float4* y) {
+  float4 kept[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 16; ++i) y[i * 1024 + threadIdx.x] = kept[15 - i];
+}
+
+// Two loops in a third, each with a branch; the second one moves more bytes.
+__global__ void narrow_kernel(const float* x, const short* small, float* y, int rows, int cols) {
+  __shared__ float tile[256];
+  for (int row = 0; row < rows; ++row) {
+    y[row] = 0.0f;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) tile[i % 256] += small[i];
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) y[i] = x[i] > 0.0f ? expf(x[i]) : tile[i % 256] + small[i];
+  }
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "sample.cu").write_text(SAMPLE)
+    arguments = ("--only", "cuda", "--arch", "80,90", "--csrc", folder, "--json", folder / "report.json")
+    table = run_tool(*arguments).stdout
+    return table, {(k["kernel"], k["arch"]): k for k in json.loads((folder / "report.json").read_text())["kernels"]}
+
+
+@needs["cuda"]
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_deliberate_spill_is_reported(sample, architecture):
+    table, kernels = sample
+    kernel = kernels["spilling_kernel", architecture]
+    assert kernel["registers"] <= 32
+    assert kernel["threads"] == 1024
+    assert kernel["bounded"]
+    assert (kernel["blocks"], kernel["occupancy"]) == (2, 1.0)
+    assert kernel["local"] >= kernel["spill_stores"] > 100
+    assert kernel["spill_loads"] > 100
+    assert kernel["hot_loop"] is None
+    assert f"{kernel['spill_stores']}+{kernel['spill_loads']}" in table
+    found = overdrawn(kernel, Budget(64, 0, {}, {}))
+    assert [line.split(": ")[1].split(" ")[0] for line in found] == ["spilled", "local"]
+
+
+@needs["cuda"]
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_narrow_accesses_and_the_hot_loop_are_reported(sample, architecture):
+    _, kernels = sample
+    kernel = kernels["narrow_kernel", architecture]
+    assert (kernel["local"], kernel["shared"]) == (0, 1024)
+    assert not kernel["bounded"]
+    assert kernel_report.widths(kernel["instructions"], "global load").keys() == {4, 2}
+    assert kernel_report.widths(kernel["hot_loop"], "global load") == {4: 1, 2: 1}
+    assert kernel_report.widths(kernel["hot_loop"], "global store") == {4: 1}
+    assert kernel["hot_loop"]["special"] == 1
+    assert "barrier" not in kernel["hot_loop"]
+    assert kernel["instructions"]["barrier"] == 1
+    assert any("loads of 4 bytes" in line for line in overdrawn(kernel, Budget(64, 1024, {2: 9}, {4: 9})))
+
+
+@needs["cuda"]
+def test_spills_are_those_that_ptxas_tells_of(sample, tmp_path):
+    (tmp_path / "sample.cu").write_text(SAMPLE)
+    command = ["nvcc", "-cubin", "-arch=sm_80", "--resource-usage", "sample.cu", "-o", "sample.cubin"]
+    command[0] = kernel_report.find_tool("nvcc")
+    told = subprocess.run([*command, "-std=c++17", "-O3"], cwd=tmp_path, text=True, capture_output=True).stderr
+    told = re.search(r"(\d+) bytes stack frame, ([1-9]\d*) bytes spill stores, (\d+) bytes spill loads", told)
+    kernel = sample[1]["spilling_kernel", 80]
+    assert tuple(map(int, told.groups())) == (kernel["local"], kernel["spill_stores"], kernel["spill_loads"])
+
+
+def test_without_nvcc_the_tool_says_so_and_goes_on(monkeypatch, tmp_path, capsys):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None if name == "nvcc" else which(name, path=path))
+    monkeypatch.setattr(kernel_report, "triton_jobs", lambda *_: [])
+    monkeypatch.setattr(kernel_report, "_triton", None)
+    monkeypatch.setattr(kernel_report, "CACHE", tmp_path)
+    for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    kernel_report.main(["--json", str(tmp_path / "report.json")])
+    assert "cuda is left out: no nvcc" in capsys.readouterr().out
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["kernels"] == []
+    assert "nvcc" in told["left_out"]["cuda"]
+
+
+OCCUPANCY = r"""
+#include <climits>
+#include <cstdio>
+#include "cuda_occupancy.h"
+
+int main() {
+  int arch, threads, registers, shared, device_threads, device_shared, block_shared, reserved;
+  while (std::scanf("%d %d %d %d %d %d %d %d", &arch, &threads, &registers, &shared, &device_threads, &device_shared,
+                    &block_shared, &reserved) == 8) {
+    cudaOccDeviceProp device;
+    device.computeMajor = arch / 10, device.computeMinor = arch % 10, device.numSms = 1, device.warpSize = 32;
+    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = device_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536, device.reservedSharedMemPerBlock = reserved;
+    device.sharedMemPerMultiprocessor = device_shared, device.sharedMemPerBlockOptin = block_shared;
+    device.sharedMemPerBlock = 48 * 1024;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = INT_MAX, kernel.numRegs = registers, kernel.numBlockBarriers = 1;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN, kernel.maxDynamicSharedSizeBytes = shared;
+    cudaOccDeviceState state;
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result;
+    const int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared);
+    std::printf("%d\n", status == 0 ? result.activeBlocksPerMultiprocessor : -1);
+  }
+}
+"""
+
+
+@needs["triton"]
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_resident_blocks_are_those_of_cuda_occupancy_h(tmp_path):
+    threads, registers = (32, 96, 128, 160, 320, 512, 1024), (16, 33, 40, 64, 96, 168, 255)
+    shared = (0, 16, 8448, 16384, 49152, 65536, 101376, 166912, 232448)
+    cases = [(a, t, r, s) for a in kernel_report.LIMITS for t in threads for r in registers for s in shared]
+    lines = []
+    for case in cases:
+        limits = kernel_report.LIMITS[case[0]]
+        device = limits.threads, limits.shared * 1024, limits.shared_per_block * 1024, limits.reserved
+        lines.append(" ".join(map(str, case + device)))
+    (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
+    include = kernel_report.TRITON_TOOLS.parent / "include"
+    subprocess.run(["g++", f"-I{include}", "occupancy.cpp", "-o", "occupancy"], cwd=tmp_path, check=True)
+    told = subprocess.run([tmp_path / "occupancy"], input="\n".join(lines), text=True, capture_output=True).stdout
+    assert [kernel_report.resident_blocks(*case) for case in cases] == list(map(int, told.split()))
