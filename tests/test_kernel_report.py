@@ -109,8 +109,8 @@ BUDGETS = {
     r"(add_)?layer_norm 32768 \w+ _bwd_wide_kernel": Budget(64, 16384, {8: 1, 4: 3}, {}),
     r"(add_)?layer_norm 32768 \w+ _bwd_wide_parameters_kernel": Budget(72, 4096, {8: 2}, {}),
 }
-# Bytes stored to local memory; all other kernels store none, CUDA ones without exception. From release 13 on, ptxas keeps
-# to 64 or 128 registers, a block more per multiprocessor, where that costs a spilled register or two.
+# Bytes stored to local memory; no other kernel stores any, and no CUDA one. From release 13 on, ptxas keeps to 64 or
+# 128 registers, a block more per multiprocessor, where that costs a spilled register or two.
 SPILLS = {
     ("add_layer_norm 32768 bfloat16 _bwd_wide_parameters_kernel", 100): 8,
     ("add_layer_norm 5120 bfloat16 _bwd_kernel", 120): 4,

@@ -117,8 +117,9 @@ def linear_cross_entropy(
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)` without ever forming the logits in full.
 
     The rows are taken in chunks; "mean" and "sum" form the gradients in the forward pass, the weight's summed in fp32.
-    One exception: on a CPU in bf16 or fp16 "auto" is torch's own linear and cross_entropy, logits and all, since the
-    chunks are measured slower there; `use_backend("reference")` saves the memory.
+    Two exceptions: on a CPU in bf16 or fp16, and on a CPU under a compiler, "auto" is torch's own linear and
+    cross_entropy, logits and all, since the chunks are measured slower there; `use_backend("reference")` saves the
+    memory.
 
     Args:
         input: (in_features,) or (N, in_features) hidden states.
@@ -376,9 +377,11 @@ CROSS_ENTROPY = Op(
 
 
 def _measured(inputs: LinearCrossEntropyInputs) -> str:
-    """In fp32 the chunks win on a CPU; in bf16 their fp32 sums cost 5 to 9% (benchmarks/bench_default.py)."""
+    """On a CPU the chunks win in eager fp32. In bf16 their fp32 sums cost 5 to 9%, and a compiler makes torch's own
+    cross-entropy so fast that they cost 11% of a GPT step (benchmarks/bench_default.py)."""
     x = inputs.input
-    return "native" if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else ""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return "native" if x.device.type == "cpu" and (narrow or torch.compiler.is_compiling()) else ""
 
 
 LINEAR_CROSS_ENTROPY = Op(
