@@ -276,6 +276,28 @@ def test_without_nvcc_the_tool_says_so_and_goes_on(monkeypatch, tmp_path, capsys
     assert "nvcc" in told["left_out"]["cuda"]
 
 
+WITHOUT_NVCC = """
+import shutil, sys
+sys.path.insert(0, sys.argv.pop(1))
+which = shutil.which
+shutil.which = lambda name, path=None: None if name == "nvcc" else which(name, path=path)
+from proof import kernel_report
+kernel_report.main(sys.argv[1:])
+"""
+
+
+@needs["triton"]
+def test_without_nvcc_the_triton_kernels_are_reported(tmp_path):
+    file = tmp_path / "report.json"
+    arguments = [str(Path(__file__).parent), "--arch", "90", "--json", str(file), "^layer_norm 768 float32 _fwd"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NVCC, *arguments], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cuda is left out: no nvcc" in done.stdout
+    [kernel] = json.loads(file.read_text())["kernels"]
+    assert kernel["kind"] == "triton"
+    assert kernel["registers"] > 0
+
+
 OCCUPANCY = r"""
 #include <climits>
 #include <cstdio>

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 import fastlm.functional as F
+from fastlm.ops import measured
 from fastlm.ops.registry import KNOWN_NAMES, OPS, preference
 
 X = torch.linspace(-1, 2, 24).reshape(3, 8)
@@ -695,3 +696,38 @@ def test_every_op_can_be_explained_and_names_a_backend_that_it_has():
             serves = (record.devices is None or "cpu" in record.devices) and not record.available()
             assert (found.backend == name) == serves, (op, name)
             assert serves or found.reasons[name], (op, name)
+
+
+# What is measured ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_is_measured_faster_from_its_size_on(monkeypatch):
+    table = {measured.device_class(torch.device("cpu")): {"layer_norm": {"float32": ["spy", 64]}}}
+    monkeypatch.setattr(measured, "TABLE", table)
+    measured._entry.cache_clear()
+    ran = []
+
+    def spy(*inputs):
+        ran.append(inputs[0].numel())
+        return torch.nn.functional.layer_norm(*inputs)
+
+    fastlm.register_backend("layer_norm", fastlm.Backend("spy", call=spy))
+    try:
+        for rows in (7, 8, 9, 7):  # the choice is remembered, but not across the size where it changes
+            F.layer_norm(torch.randn(rows, 8), (8,))
+        F.layer_norm(torch.randn(64, 8, dtype=torch.float64), (8,))
+        assert ran == [64, 72]
+        with fastlm.use_backend("native"):
+            F.layer_norm(torch.randn(8, 8), (8,))
+        assert ran == [64, 72]
+    finally:
+        measured._entry.cache_clear()
+
+
+def test_the_table_of_measurements_names_ops_dtypes_and_backends_that_exist():
+    for ops in measured.TABLE.values():
+        for op, dtypes in ops.items():
+            for dtype, (backend, elements) in dtypes.items():
+                assert isinstance(getattr(torch, dtype), torch.dtype)
+                assert backend in OPS[op].backends
+                assert elements >= 0

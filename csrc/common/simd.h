@@ -52,8 +52,7 @@ struct Arithmetic<double> {
   using type = double;
 };
 
-// Vectors
-// --------------------------------------------------------------------------------------------------------------
+// Vectors -----------------------------------------------------------------------------------------------------------
 
 template <typename A>
 inline Vec<A> broadcast(A value) {
@@ -207,8 +206,7 @@ inline A sum(Vec<A> x) {
   return lanes[0];
 }
 
-// Parts of a vector, for the last columns of a row
-// ----------------------------------------------------------------------
+// Parts of a vector, for the last columns of a row ------------------------------------------------------------------
 
 template <typename T>
 inline auto load(const T* p, int64_t count) {
