@@ -389,3 +389,16 @@ def test_the_variance_of_rows_far_from_zero_does_not_cancel(backend):
     with fastlm.use_backend(backend):
         ours = F.layer_norm(x, (999,))
     assert_within_rule(ours, T.layer_norm(x, (999,)), formulas.layer_norm(x.double(), (999,)))
+
+
+def test_ops_called_with_what_does_not_fit_together_raise_and_read_nothing():
+    x, weight, bias = normal(3, 8), torch.ones(8), torch.zeros(8)
+    fwd, bwd = torch.ops.fastlm.layer_norm_fwd, torch.ops.fastlm.layer_norm_bwd
+    _, stats = fwd(x, (8,), weight, bias, 1e-5, "cpu")
+    for wrong in ((x, (8,), weight[:4], bias), (x, (8,), weight, bias[:4]), (x, (4,), weight[:4], bias[:4])):
+        with pytest.raises(ValueError, match=r"norm kernels: .* must"):
+            fwd(*wrong, 1e-5, "cpu")
+    needs = [True, True, True]
+    for grad, kept in ((x.half(), stats), (x[:2], stats), (x, stats[:1]), (x, stats[:, :2]), (x, stats.half())):
+        with pytest.raises(ValueError, match=r"norm kernels: .* must"):
+            bwd(grad, x, weight, bias, kept, (8,), 1e-5, needs, "cpu")

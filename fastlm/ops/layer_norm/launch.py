@@ -34,6 +34,8 @@ def fwd(
 ) -> Fwd:
     """-> output, new_residual (output without residual), stats."""
     columns = math.prod(normalized_shape)
+    _check("residual", residual, input.shape)
+    _check_parameters(input, normalized_shape, weight, bias)
     (input, residual), sizes, strides = _as_rows((input, residual), normalized_shape, columns)
     weight, bias = _contiguous(weight), _contiguous(bias)
     dtype = input.dtype
@@ -85,6 +87,11 @@ def bwd(
 ) -> Bwd:
     """-> gradients of input, residual, weight and bias; None where not needed."""
     columns = math.prod(normalized_shape)
+    _check("grad_output", grad_output, normalized.shape, input_dtype)
+    _check("grad_new_residual", grad_new_residual, normalized.shape, normalized.dtype)
+    wide = torch.float64 if input_dtype == torch.float64 else torch.float32
+    _check("stats", stats, (2 - rms, normalized.numel() // columns), wide)
+    _check_parameters(normalized, normalized_shape, weight, bias)
     (grad_output, grad_new_residual, normalized), sizes, strides = _as_rows(
         (grad_output, grad_new_residual, normalized), normalized_shape, columns
     )
@@ -128,6 +135,21 @@ def _gradient(like: Tensor | None, dtype: torch.dtype | None, wanted: bool) -> T
         if wanted and like is not None
         else None
     )
+
+
+def _check(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Lest a kernel read past a tensor's end, should someone call `torch.ops.fastlm` with what does not fit."""
+    if x is not None and (x.shape != shape or (dtype is not None and x.dtype != dtype)):
+        need = f"shape {tuple(shape)}" if dtype is None else f"shape {tuple(shape)} and {dtype}"
+        raise ValueError(f"norm kernels: {name} must have {need}, got {tuple(x.shape)} and {x.dtype}")
+
+
+def _check_parameters(x: Tensor, normalized_shape: Shape, weight: Tensor | None, bias: Tensor | None) -> None:
+    shape = tuple(normalized_shape)
+    if x.shape[x.dim() - len(shape) :] != shape:
+        raise ValueError(f"norm kernels: normalized_shape {shape} must be the last dimensions of {tuple(x.shape)}")
+    _check("weight", weight, shape)
+    _check("bias", bias, shape, None if weight is None else weight.dtype)
 
 
 def _as_rows(tensors: Sequence[Tensor | None], normalized_shape: Shape, columns: int) -> tuple[Any, Any, Any]:
