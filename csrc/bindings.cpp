@@ -9,6 +9,7 @@
 
 #ifdef FASTLM_CUDA
 #include "common/kernel_attributes.h"
+#include "launchers.h"
 #endif
 
 namespace py = pybind11;
@@ -65,7 +66,6 @@ PYBIND11_MODULE(_C, m) {
   fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");
   fastlm::bind<&fastlm::layer_norm_bwd_cpu>(m, "layer_norm_bwd_cpu");
 #ifdef FASTLM_CUDA
-  fastlm::bind<&fastlm::layer_norm_fwd>(m, "layer_norm_fwd");
-  fastlm::bind<&fastlm::layer_norm_bwd>(m, "layer_norm_bwd");
+  fastlm::bind_cuda_launchers(m);
 #endif
 }

@@ -1,0 +1,14 @@
+// Launchers of CUDA kernels, bound under their own names: of fastlm._C, and of whatever else runs the same kernels.
+#pragma once
+
+#include "common/bind.h"
+#include "layer_norm/layer_norm.h"
+
+namespace fastlm {
+
+inline void bind_cuda_launchers(pybind11::module_& m) {
+  bind<&layer_norm_fwd>(m, "layer_norm_fwd");
+  bind<&layer_norm_bwd>(m, "layer_norm_bwd");
+}
+
+}  // namespace fastlm
