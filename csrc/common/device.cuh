@@ -27,7 +27,9 @@ namespace fastlm {
 
 template <typename Params>
 void start(void (*kernel)(Params), dim3 grid, dim3 block, const Params& params, size_t shared_bytes, void* stream) {
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(params);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes,
+                   static_cast<cudaStream_t>(stream));
 }
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }

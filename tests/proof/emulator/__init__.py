@@ -9,8 +9,8 @@
 A launcher's blocks run one after another, a block's threads as fibers that switch where they must wait: the schedule
 says to whom. Builds: "plain"; "address" with AddressSanitizer and UndefinedBehaviorSanitizer, in processes started with
 `environment("address")`; "trace", which finds races, reads of what was never written or is still being copied, accesses
-out of bounds or misaligned, and counts the traffic. FASTLM_EMULATOR="build=trace,schedule=random,seed=7" sets what holds
-from the start. See docs/proof.md.
+out of bounds or misaligned, and counts the traffic; "ptx", in which launchers run the kernels that nvcc made. FASTLM_EMULATOR="build=trace,schedule=random,seed=7" sets what
+holds from the start. See docs/proof.md.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ import struct
 import subprocess
 import sys
 import sysconfig
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+from proof import toolkit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm.ops import registry
 from fastlm.ops.compiled import Launchers
-from proof import toolkit
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SCHEDULES = ("adversarial", "round_robin", "random")
 BUILDS = {  # flags of kernels, and of everything
     "plain": ("", ""),
+    "ptx": ("", ""),
     "address": ("", "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"),
     # A structure is loaded as it is written, by one access, and not field by field.
     "trace": (
@@ -72,7 +72,6 @@ class Settings:
     landing: str = "lazy"  # of asynchronous copies: when they are waited for, or "eager", when they are issued
     blocks: str = "in_order"  # or "random"
     module: Path | None = None  # instead of a build
-    executor: int = 0  # address of a C function that is called instead of running a kernel
 
     def __post_init__(self) -> None:
         allowed = {
@@ -122,6 +121,11 @@ def _cxx() -> str:
     return os.environ.get("CXX") or "g++"
 
 
+def _kernels(csrc: Path, proof_kernels: bool) -> list[Path]:
+    sources = [*csrc.rglob("*.cu"), *((HERE.parent / "kernels").glob("*.cu") if proof_kernels else ())]
+    return sorted(path for path in sources if path.name != "kernel_attributes.cu")  # asks the CUDA runtime
+
+
 def build_module(
     csrc: Path = ROOT / "csrc",
     build: str = "plain",
@@ -152,7 +156,6 @@ def build_module(
     paths = [f"-I{path}" for path in (csrc, HERE, HERE.parent / "kernels")]
     paths += [word for path in system for word in ("-isystem", path)]
     module = folder / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
-    kernels = [*csrc.rglob("*.cu"), *((HERE.parent / "kernels").glob("*.cu") if proof_kernels else ())]
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja.new", "w") as file:
@@ -161,11 +164,10 @@ def build_module(
             ninja.rule("cxx", f"{compiler} $extra -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", f"rm -f $out && {_cxx()} {all_flags} -shared -Wl,-Bsymbolic $in -ldl -o $out")
             objects = []
-            for source in sorted(kernels):
-                if source.name != "kernel_attributes.cu":  # asks the CUDA runtime
-                    place = source.relative_to(csrc) if csrc in source.parents else source.name
-                    extra = {"extra": f"-x c++ {kernel_flags}"}
-                    objects += ninja.build(f"{place}.o", "cxx", str(source), variables=extra)
+            for source in _kernels(csrc, proof_kernels):
+                place = source.relative_to(csrc) if csrc in source.parents else source.name
+                extra = {"extra": f"-x c++ {kernel_flags}"}
+                objects += ninja.build(f"{place}.o", "cxx", str(source), variables=extra)
             for source in sorted(HERE.glob("*.cpp")):
                 if source.name != "trace.cpp" or build == "trace":
                     extra = {"extra": "-O0 -g0" if source.name == "module.cpp" else "-O2"}
@@ -210,29 +212,46 @@ def _built(build: str) -> ModuleType:
     return _load(build_module(build=build, proof_kernels="NOPROOF" not in os.environ))
 
 
+@functools.cache
+def _ptx() -> Any:
+    from proof.emulator.ptx_build import PtxBuild
+
+    return PtxBuild(_built("plain"), _kernels(ROOT / "csrc", True))
+
+
 def _configured() -> ModuleType:
-    s = _current
-    module = _built(s.build) if s.module is None else _load(s.module)
-    module.configure(SCHEDULES.index(s.schedule), s.seed, s.landing == "eager", s.blocks == "random", s.executor)
+    s, executor = _current, 0
+    if s.build == "ptx":
+        _ptx().eager, _ptx().reverse, executor = s.landing == "eager", s.schedule == "adversarial", _ptx().address
+    module = _load(s.module) if s.module else _built("plain" if executor else s.build)
+    module.configure(SCHEDULES.index(s.schedule), s.seed, s.landing == "eager", s.blocks == "random", executor)
     return module
 
 
-# Memory that kernels may access, in the trace build ---------------------------------------------------------------
+def _checker() -> Any:
+    """What checks accesses to memory and has to be told of it, if anything does."""
+    if _current.build == "ptx":
+        return _ptx()
+    module = _configured()
+    return module if hasattr(module, "add_region") else None
+
+
+# Memory that kernels may access, where it is checked ---------------------------------------------------------------
 
 
 class _Memory(TorchDispatchMode):
-    """Tells the trace build of the tensors that a backend is given, to be read, and of those it makes."""
+    """Tells what checks accesses of the tensors that a backend is given, to be read, and of those it makes."""
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, checker: Any) -> None:
         super().__init__()
-        self.module = module
+        self.checker = checker
         self.kept: list[Tensor] = []  # so that no address is used twice
 
     def note(self, x: Tensor, writable: bool, initialised: bool) -> None:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         if x.numel():
             self.kept.append(x)
-            self.module.add_region(x.data_ptr(), extent * x.itemsize, writable, initialised)
+            self.checker.add_region(x.data_ptr(), extent * x.itemsize, writable, initialised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -243,7 +262,7 @@ class _Memory(TorchDispatchMode):
         return result
 
     def __enter__(self) -> Any:
-        self.module.forget_regions()
+        self.checker.forget_regions()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
@@ -257,10 +276,10 @@ _listeners: list[Callable[[_Memory], None]] = []
 
 def _observed(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        module = _configured()
-        if not hasattr(module, "add_region"):
+        checker = _checker()
+        if checker is None:
             return function(*args)
-        with _Memory(module) as memory:
+        with _Memory(checker) as memory:
             for x in tree_leaves(args):
                 if isinstance(x, Tensor):
                     memory.note(x, False, True)
@@ -332,16 +351,24 @@ def run(
     numbers = [x for x in arguments if isinstance(x, int)]
     params = struct.pack("8Q8q", *tensors, *[0] * (8 - len(tensors)), *numbers, *[0] * (8 - len(numbers)))
     shapes = [(*(x if isinstance(x, Sequence) else (x,)), 1, 1)[:3] for x in (grid, block)]
-    module = _configured()
+    module, checker = _configured(), _checker()
     try:
-        if not hasattr(module, "add_region"):
+        if checker is None:
             return module.run_kernel(kernel, *shapes, params, shared_bytes)
-        with _Memory(module) as memory:
+        with _Memory(checker) as memory:
             for x in marked:
                 memory.note(x.tensor, x.writable, x.initialised)
             module.run_kernel(kernel, *shapes, params, shared_bytes)
     except RuntimeError as error:
         raise EmulatorError(str(error)) from None
+
+
+def instructions(function: Callable[[], Any]) -> dict[str, dict[str, int]]:
+    """What a function's kernels execute of nvcc's PTX: instructions of warps by opcode, by kernel."""
+    with settings(build="ptx"):
+        _ptx().counts.clear()
+        function()
+        return {kernel: dict(sum((c.warps for c in counts), Counter())) for kernel, counts in _ptx().counts.items()}
 
 
 # Counting ---------------------------------------------------------------------------------------------------------
@@ -412,7 +439,7 @@ def trace(function: Callable[[], Any]) -> Trace:
 
     def listen(memory: _Memory) -> None:
         kept.append(memory)
-        for begin, _, _, read, written in memory.module.regions():
+        for begin, _, _, read, written in memory.checker.regions():
             moved[begin][0] += read
             moved[begin][1] += written
 
