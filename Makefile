@@ -8,11 +8,12 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # Stamps: they make a finished step instant until what it depends on changes. The build's carries the mode in its name.
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built-$(or $(FASTLM_BUILD),auto)
+TOOLKIT := $(VENV)/.toolkit
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test lint mutants bench clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -22,7 +23,7 @@ setup: $(BUILT)  ## Create .venv with the pinned versions and build the extensio
 train: setup  ## Train a small GPT on the Python standard library, about two minutes
 	$(BIN)/fastlm train $(ARGS)
 
-test: setup  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
+test: setup $(TOOLKIT)  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(INSTALLED)  ## Check style, formatting and types
@@ -30,6 +31,9 @@ lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+mutants: setup $(TOOLKIT)  ## Break every kernel in every small way and see a test fail
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/mutants.py $(ARGS)
 
 bench: setup  ## Run every benchmark
 	@set -e; for benchmark in benchmarks/bench_*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(ARGS); done
@@ -62,4 +66,11 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m fastlm.info
 	@rm -f $(VENV)/.built-*
+	@touch $@
+
+# The tests compile CUDA. -S: what is installed in .venv does not count as the machine's own toolkit.
+$(TOOLKIT): $(INSTALLED) tests/proof/toolkit.txt
+	@$(BIN)/python -S tests/proof/toolkit.py >/dev/null 2>&1 || { \
+		echo "Installing CUDA's compiler and headers; the machine has none"; \
+		$(BIN)/python -m pip install --quiet --no-compile --requirement tests/proof/toolkit.txt; }
 	@touch $@

@@ -22,7 +22,7 @@ PAIRS = [
     pytest.param(fastlm.nn.RMSNorm, torch.nn.RMSNorm, {"eps": 1e-3}, id="RMSNorm with eps"),
     pytest.param(fastlm.nn.RMSNorm, torch.nn.RMSNorm, {"elementwise_affine": False}, id="RMSNorm, not affine"),
 ]
-BACKENDS = ["auto", "reference", "cpu", "triton"]
+BACKENDS = ["auto", "reference", "cpu", "triton", "emulator"]
 
 
 def filled(module, seed=1):

@@ -260,7 +260,7 @@ def test_dropout_of_1_drops_everything_without_nan(op, backend, dtype):
 
 
 @pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
-@pytest.mark.parametrize("backend", ["native", "reference", "auto", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["native", "reference", "auto", "cpu", "triton", "emulator"])
 def test_backward_drops_what_forward_dropped(op, backend):
     x = torch.full((64, 32), 5.0, requires_grad=True)
     with fastlm.use_backend(backend):

@@ -512,7 +512,7 @@ def test_inside_the_op_a_list_is_walked_and_errors_name_every_candidate(log):
 
 # Who watches the dispatcher -----------------------------------------------------------------------------------------
 
-OURS = ["reference", "cpu", "triton"]
+OURS = ["reference", "cpu", "triton", "emulator"]
 SEEN = ["fastlm::layer_norm_fwd", "fastlm::layer_norm_bwd"]
 
 

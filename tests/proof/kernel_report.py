@@ -19,12 +19,10 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,10 +32,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from proof.toolkit import TRITON_TOOLS, find_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "kernel_report"
-_triton = importlib.util.find_spec("triton")
-TRITON_TOOLS = Path(_triton.origin).parent / "backends" / "nvidia" / "bin" if _triton else None
+_triton = TRITON_TOOLS is not None
 
 
 class Multiprocessor(NamedTuple):
@@ -86,13 +87,6 @@ CLASSES = {
     "none": r"NOP",
 }
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "2": 8, "4": 16}  # 2, 4: of LDSM
-
-
-def find_tool(name: str) -> str | None:
-    """A tool of the CUDA toolkit, from where setup.py looks for nvcc, or as the Triton package brings it."""
-    homes = [f"{os.environ[home]}/bin" for home in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(home)]
-    folders = [*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin", str(TRITON_TOOLS)]
-    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def run(name: str, *arguments: object) -> str:

@@ -8,9 +8,9 @@
 
 A launcher's blocks run one after another, a block's threads as fibers that switch where they must wait: the schedule
 says to whom. Builds: "plain"; "address" with AddressSanitizer and UndefinedBehaviorSanitizer, in processes started with
-`environment("address")`; "trace", which finds races, reads of what was never written or is still being copied, accesses
-out of bounds or misaligned, and counts the traffic; "ptx", in which launchers run the kernels that nvcc made. FASTLM_EMULATOR="build=trace,schedule=random,seed=7" sets what
-holds from the start. See docs/proof.md.
+`environment("build=address")`; "trace", which finds races, reads of what was never written or is still being copied,
+accesses out of bounds or misaligned, and counts the traffic; "ptx", in which launchers run the kernels that nvcc made.
+FASTLM_EMULATOR="build=trace,schedule=random,seed=7" sets what holds from the start. See docs/proof.md.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Settings:
 
 
 def _from_environment() -> Settings:
-    given = dict(part.split("=") for part in os.environ.get("FASTLM_EMULATOR", "").split(",") if part)
+    parts = [part.partition("=") for part in os.environ.get("FASTLM_EMULATOR", "").split(",") if part]
+    given = {name if equals else "build": value if equals else name for name, equals, value in parts}
     return Settings(**given | {"seed": int(given.get("seed", 0))})
 
 
@@ -183,10 +184,10 @@ def build_module(
     return module
 
 
-def environment(build: str) -> dict[str, str]:
-    """The environment of a process whose kernels are to run in `build`."""
-    changed = os.environ | {"FASTLM_EMULATOR": f"build={build}"}
-    if build == "address":
+def environment(settings: str) -> dict[str, str]:
+    """The environment of a process whose kernels are to run so: "build=address,schedule=random"."""
+    changed = os.environ | {"FASTLM_EMULATOR": settings}
+    if "address" in settings:
         found = subprocess.run([_cxx(), "-print-file-name=libasan.so"], text=True, capture_output=True, check=True)
         changed |= {
             "LD_PRELOAD": os.path.realpath(found.stdout.strip()),
@@ -209,7 +210,7 @@ def _load(path: Path) -> ModuleType:
 
 @functools.cache
 def _built(build: str) -> ModuleType:
-    return _load(build_module(build=build, proof_kernels="NOPROOF" not in os.environ))
+    return _load(build_module(build=build))
 
 
 @functools.cache

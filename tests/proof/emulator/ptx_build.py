@@ -1,4 +1,4 @@
-"""The emulator's build "ptx": launchers compiled by g++ as in the plain build, kernels as nvcc compiled them, from PTX."""
+"""The emulator's build "ptx": launchers compiled by g++ as in the plain build, kernels by nvcc, their PTX executed."""
 
 from __future__ import annotations
 

@@ -97,6 +97,9 @@ namespace emulator {
 Settings settings;
 Block block;
 
+Inside::Inside() : thread(current()) { ++thread->inside; }
+Inside::~Inside() { --thread->inside; }
+
 namespace {
 
 constexpr size_t kStack = 256 << 10, kPage = 4096;
@@ -266,6 +269,7 @@ void thread_main() {
 #endif
   block.launch->call(block.launch->kernel, block.launch->params);
   Thread& self = *running;
+  ++self.inside;
   Warp& warp = warps[self.warp];
   set_ready(self.number, false);
   warp.done |= 1u << self.lane;
@@ -442,6 +446,7 @@ const Segment* shared_at(uintptr_t address, size_t bytes) {
 }
 
 void fail(const std::string& message, const char* file, int line) {
+  ++running->inside;
   const std::string index = shape({blockIdx.x, blockIdx.y, blockIdx.z});
   error = block.kernel + ", block " + index + ", " + described(*running) + ": " + message;
   if (file != nullptr) error += "\n  at " + place(file, line);
@@ -519,7 +524,8 @@ const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const 
   if (shared_bytes > kSharedWithoutOptIn &&
       cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(shared_bytes)) != cudaSuccess) {
-    return cudaGetErrorString(cudaErrorInvalidValue);
+    error = name + ": " + cudaGetErrorString(cudaErrorInvalidValue);
+    return error.c_str();
   }
   run(launch);
   return error.empty() ? nullptr : error.c_str();
@@ -528,6 +534,7 @@ const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const 
 // What kernels call ------------------------------------------------------------------------------------------------
 
 void* static_shared(const void* identity, size_t bytes, size_t alignment) {
+  const Inside inside;
   size_t total = bytes;
   for (const Segment& segment : block.shared) {
     if (segment.identity == identity) return segment.data;
@@ -543,6 +550,7 @@ void* static_shared(const void* identity, size_t bytes, size_t alignment) {
 }
 
 void* dynamic_shared() {
+  const Inside inside;
   for (const Segment& segment : block.shared) {
     if (segment.identity == nullptr) return segment.data;
   }
@@ -552,6 +560,7 @@ void* dynamic_shared() {
 uint32_t running_lanes() { return warps[running->warp].exist & ~warps[running->warp].done; }
 
 void collective(const char* what, uint32_t mask, void* operands, Resolve resolve, const char* file, int line) {
+  const Inside inside;
   Thread& self = *running;
   Warp& warp = warps[self.warp];
   const uint32_t bit = 1u << self.lane;
@@ -595,6 +604,7 @@ void collective(const char* what, uint32_t mask, void* operands, Resolve resolve
 }
 
 void barrier(const char* what, int number, int count, bool wait_here, const char* file, int line) {
+  const Inside inside;
   if (number < 0 || number >= kBarriers) fail(std::string(what) + ": there are barriers 0 to 15", file, line);
   if (count % kWarpLanes != 0 && number != 0) {
     fail(std::string(what) + ": the number of threads is a multiple of 32, got " + std::to_string(count), file, line);
@@ -643,6 +653,7 @@ void barrier(const char* what, int number, int count, bool wait_here, const char
 }
 
 void copy_async(void* shared, const void* global, int size, int bytes, const char* file, int line) {
+  const Inside inside;
   const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
   if (to % size != 0 || from % size != 0) fail("cp_async: both addresses are multiples of the size", file, line);
   if (bytes < 0 || bytes > size) {
@@ -658,9 +669,13 @@ void copy_async(void* shared, const void* global, int size, int bytes, const cha
   }
 }
 
-void copy_commit() { running->groups.emplace_back(); }
+void copy_commit() {
+  const Inside inside;
+  running->groups.emplace_back();
+}
 
 void copy_wait(int pending) {
+  const Inside inside;
   auto& groups = running->groups;
   while (static_cast<int>(groups.size()) > pending + 1) {
     for (const Copy& copy : groups.front()) {
@@ -674,10 +689,14 @@ void copy_wait(int pending) {
   }
 }
 
-void atomic(const void* p, size_t bytes, const char* file, int line) {
+void atomic_load(const void* p, void* old, size_t bytes, const char* file, int line) {
+  const Inside inside;
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("atomic: the address is a multiple of the size", file, line);
   trace_access(p, bytes, Access::kAtomic, reinterpret_cast<uintptr_t>(__builtin_return_address(0)) - 1, *running);
+  std::memcpy(old, p, bytes);
 }
+
+void atomic_store(void* p, const void* updated, size_t bytes) { std::memcpy(p, updated, bytes); }
 
 }  // namespace emulator
 

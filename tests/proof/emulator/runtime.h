@@ -43,6 +43,7 @@ struct Thread {
   int line;
   void* operands;                         // of the collective that it waits in
   std::vector<std::vector<Copy>> groups;  // of copies under way, the last one open
+  int inside;                             // more than 0 in the emulator's own code, whose accesses are not a kernel's
 };
 
 struct Segment {
@@ -61,6 +62,13 @@ extern Block block;
 
 const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const void* params, size_t params_bytes,
                         size_t shared_bytes);
+
+// While a thread runs the emulator's own code.
+struct Inside {
+  Inside();
+  ~Inside();
+  Thread* thread;
+};
 
 Thread* current();                   // null outside of kernels
 bool on_a_stack(uintptr_t address);  // of a thread

@@ -319,7 +319,9 @@ Place locate(uintptr_t address, size_t bytes, bool writes) {
 
 void on_access(const void* p, size_t bytes, Access access, uintptr_t place) {
   const Thread* thread = current();
-  if (thread != nullptr) trace_access(p, bytes, access, place, *thread);
+  if (thread == nullptr || thread->inside != 0) return;
+  const Inside inside;
+  trace_access(p, bytes, access, place, *thread);
 }
 
 }  // namespace

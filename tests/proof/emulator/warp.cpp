@@ -18,18 +18,20 @@ int first_lane(void* const* lanes) {
   return lane;
 }
 
-// The lane that `lane` reads from (PTX ISA, shfl.sync: a source outside of its segment is the lane itself).
+// The lane that `lane` reads from (PTX ISA, shfl.sync: of the operand five bits count, and a source outside of its
+// segment is the lane itself).
 int source_of(const Shuffle& shuffle, int lane) {
   const int first = lane & ~(shuffle.width - 1), last = first + shuffle.width - 1;
+  const int operand = shuffle.argument & (kWarpLanes - 1);
   switch (shuffle.mode) {
     case Shuffle::kIndex:
-      return first + (shuffle.argument & (shuffle.width - 1));
+      return first + (operand & (shuffle.width - 1));
     case Shuffle::kUp:
-      return lane - shuffle.argument >= first ? lane - shuffle.argument : lane;
+      return lane - operand >= first ? lane - operand : lane;
     case Shuffle::kDown:
-      return lane + shuffle.argument <= last ? lane + shuffle.argument : lane;
+      return lane + operand <= last ? lane + operand : lane;
     default:
-      return (lane ^ shuffle.argument) <= last ? lane ^ shuffle.argument : lane;
+      return (lane ^ operand) <= last ? lane ^ operand : lane;
   }
 }
 
@@ -111,6 +113,7 @@ void whole_warp(const char* what, const char* file, int line) {
 }  // namespace
 
 void shuffle(const char* what, uint32_t mask, Shuffle& operands, const char* file, int line) {
+  const Inside inside;
   if (operands.width < 1 || operands.width > kWarpLanes || (operands.width & (operands.width - 1)) != 0) {
     fail(std::string(what) + ": width is a power of two up to 32, got " + std::to_string(operands.width), file, line);
   }
@@ -131,6 +134,7 @@ void shuffle(const char* what, uint32_t mask, Shuffle& operands, const char* fil
 }
 
 uint32_t match(const char* what, uint32_t mask, uint64_t value, const char* file, int line) {
+  const Inside inside;
   Match operands = {value, 0};
   collective(
       what, mask, &operands,
@@ -148,6 +152,7 @@ uint32_t match(const char* what, uint32_t mask, uint64_t value, const char* file
 }
 
 void ldmatrix(Ldmatrix operands) {
+  const Inside inside;
   whole_warp("ldmatrix", operands.file, operands.line);
   operands.place = reinterpret_cast<uintptr_t>(__builtin_return_address(0)) - 1;
   collective(operands.transpose ? "ldmatrix_trans" : "ldmatrix", 0xFFFFFFFFu, &operands, load_matrices, operands.file,
@@ -155,6 +160,7 @@ void ldmatrix(Ldmatrix operands) {
 }
 
 void mma(const char* what, Mma operands, const char* file, int line) {
+  const Inside inside;
   whole_warp(what, file, line);
   collective(what, 0xFFFFFFFFu, &operands, multiply, file, line);
 }

@@ -1,0 +1,53 @@
+"""Runs the tests of CUDA kernels in every build of the emulator, under several schedules.
+
+    python tests/proof/run.py [--only PATTERN] [arguments of pytest]
+
+Each line of RUNS is a process of its own: what FASTLM_EMULATOR is, and which tests run with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = ["tests/test_ops.py", "tests/test_layer_norm.py"]
+PATHS = [*OPS, "tests/test_layer_norm_cuda.py"]
+RUNS = {
+    "build=plain,schedule=round_robin,landing=eager,blocks=random": PATHS,
+    "build=plain,schedule=random,seed=1,blocks=random": PATHS,
+    "build=trace": PATHS,
+    "build=trace,schedule=random,seed=2,landing=eager,blocks=random": PATHS,
+    "build=address": PATHS,
+    "build=ptx": OPS,
+    "build=ptx,schedule=round_robin,landing=eager": OPS,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression for runs")
+    args, rest = parser.parse_known_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    from proof import emulator
+
+    failed = []
+    for settings, paths in RUNS.items():
+        if not re.search(args.only, settings):
+            continue
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-k", "emulator or cuda", *paths, *rest]
+        done = subprocess.run(command, cwd=ROOT, env=emulator.environment(settings) | {"OMP_NUM_THREADS": "1"})
+        seconds = time.perf_counter() - start
+        print(f"== {settings}: {'failed' if done.returncode else 'passed'} in {seconds:.0f} s", flush=True)
+        failed += [settings] * (done.returncode != 0)
+    if failed:
+        sys.exit(f"failed: FASTLM_EMULATOR={' and '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
