@@ -13,7 +13,7 @@ TOOLKIT := $(VENV)/.toolkit
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train test lint mutants bench clean
+.PHONY: help setup train test proof lint mutants bench clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -24,13 +24,17 @@ train: setup  ## Train a small GPT on the Python standard library, about two min
 	$(BIN)/fastlm train $(ARGS)
 
 test: setup $(TOOLKIT)  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not proof" $(ARGS)
+
+proof: mutants  ## Run what is too long for `make test`: every build of the emulator, PTX, all mutants; docs/proof.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m proof
+	$(BIN)/python tests/proof/run.py
 
 lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/proof -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 mutants: setup $(TOOLKIT)  ## Break every kernel in every small way and see a test fail
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/mutants.py $(ARGS)

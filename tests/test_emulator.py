@@ -127,6 +127,8 @@ def test_shared_memory_over_the_limit_is_an_error():
     assert torch.equal(y, x.flip(1))
     with pytest.raises(emulator.EmulatorError, match="dynamic_shared"):
         emulator.run("dynamic_shared", 1, 1024, x, y, addresses, n, shared_bytes=limit + 4)
+    with pytest.raises(emulator.EmulatorError, match=r"dynamic_shared.*without opting in"):
+        emulator.run("dynamic_shared", 1, 1024, x, y, addresses, n, shared_bytes=(48 << 10) + 4, opt_in=False)
     with pytest.raises(emulator.EmulatorError, match="too_much_static_shared"):
         emulator.run("too_much_static_shared", 1, 32)
 

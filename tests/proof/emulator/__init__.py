@@ -188,9 +188,11 @@ def environment(settings: str) -> dict[str, str]:
     """The environment of a process whose kernels are to run so: "build=address,schedule=random"."""
     changed = os.environ | {"FASTLM_EMULATOR": settings}
     if "address" in settings:
-        found = subprocess.run([_cxx(), "-print-file-name=libasan.so"], text=True, capture_output=True, check=True)
+        names = ("libasan.so", "libstdc++.so.6")  # the second, so that the first finds what throws exceptions
+        commands = ([_cxx(), f"-print-file-name={name}"] for name in names)
+        found = (subprocess.run(command, text=True, capture_output=True, check=True) for command in commands)
         changed |= {
-            "LD_PRELOAD": os.path.realpath(found.stdout.strip()),
+            "LD_PRELOAD": ":".join(os.path.realpath(each.stdout.strip()) for each in found),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         }
@@ -345,8 +347,12 @@ def run(
     block: int | Sequence[int],
     *arguments: Tensor | Marked | int,
     shared_bytes: int = 0,
+    opt_in: bool = True,
 ) -> None:
-    """Runs a kernel of tests/proof/kernels by its name; tensors and numbers become its arguments in their order."""
+    """Runs a kernel of tests/proof/kernels by its name; tensors and numbers become its arguments in their order.
+
+    `opt_in` asks for more than 48 KiB of dynamic shared memory first, as a launcher must.
+    """
     marked = [Marked(x, True, True) if isinstance(x, Tensor) else x for x in arguments if not isinstance(x, int)]
     tensors = [x.tensor.data_ptr() for x in marked]
     numbers = [x for x in arguments if isinstance(x, int)]
@@ -355,11 +361,11 @@ def run(
     module, checker = _configured(), _checker()
     try:
         if checker is None:
-            return module.run_kernel(kernel, *shapes, params, shared_bytes)
+            return module.run_kernel(kernel, *shapes, params, shared_bytes, opt_in)
         with _Memory(checker) as memory:
             for x in marked:
                 memory.note(x.tensor, x.writable, x.initialised)
-            module.run_kernel(kernel, *shapes, params, shared_bytes)
+            module.run_kernel(kernel, *shapes, params, shared_bytes, opt_in)
     except RuntimeError as error:
         raise EmulatorError(str(error)) from None
 

@@ -255,7 +255,12 @@ FASTLM_INLINE uint32_t __match_any_sync(uint32_t mask, T value, FASTLM_PLACE) {
 
 template <typename T>
 FASTLM_INLINE T atomicAdd(T* p, std::common_type_t<T> x, FASTLM_PLACE) {
-  return fastlm::emulator::atomic_update(p, [&](T old) { return static_cast<T>(old + x); }, file, line);
+  const auto add = [&](T old) {
+    if constexpr (!std::is_integral_v<T>) return static_cast<T>(old + x);
+    using Unsigned = std::make_unsigned_t<std::conditional_t<std::is_integral_v<T>, T, int>>;  // which wrap around
+    return static_cast<T>(static_cast<Unsigned>(old) + static_cast<Unsigned>(x));
+  };
+  return fastlm::emulator::atomic_update(p, add, file, line);
 }
 
 template <typename T>

@@ -13,10 +13,10 @@ using namespace fastlm::emulator;
 namespace {
 
 void run_kernel(const std::string& name, std::array<unsigned, 3> grid, std::array<unsigned, 3> block,
-                const py::bytes& params, size_t shared_bytes) {
+                const py::bytes& params, size_t shared_bytes, bool opt_in) {
   const std::string_view bytes = params;
   const char* error = run_by_name(name, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
-                                  bytes.data(), bytes.size(), shared_bytes);
+                                  bytes.data(), bytes.size(), shared_bytes, opt_in);
   if (error != nullptr) throw std::runtime_error(error);
 }
 

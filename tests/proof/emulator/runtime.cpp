@@ -141,6 +141,16 @@ std::mutex mutex;
 void* main_fake_stack;
 const void* main_bottom;
 size_t main_size;
+
+std::string described(const Thread& thread);
+std::string shape(const dim3& d);
+
+// The sanitizers end the process, and know lines but no threads of ours.
+void say_where() {
+  if (running == nullptr) return;
+  const std::string index = shape({blockIdx.x, blockIdx.y, blockIdx.z});
+  std::fprintf(stderr, "in %s, block %s, %s\n", block.kernel.c_str(), index.c_str(), described(*running).c_str());
+}
 #endif
 
 uint64_t random_number() {  // xorshift64*
@@ -409,6 +419,13 @@ void run_checked(const Launch& launch) {
         mmap(nullptr, kStack * kMaxBlock, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     stacks = static_cast<unsigned char*>(memory);
+#if defined(__SANITIZE_ADDRESS__)
+    for (const char* library : {"libasan.so.8", "libasan.so", "libubsan.so.1", "libubsan.so"}) {
+      void* const handle = dlopen(library, RTLD_NOLOAD | RTLD_LAZY);
+      void* const set = handle == nullptr ? nullptr : dlsym(handle, "__sanitizer_set_death_callback");
+      if (set != nullptr) reinterpret_cast<void (*)(void (*)())>(set)(say_where);
+    }
+#endif
     for (int n = 0; n < kMaxBlock; ++n) mprotect(stack_of(n), kPage, PROT_NONE);
   }
   block.launch = &launch;
@@ -512,7 +529,7 @@ void run(const Launch& launch) {
 void add_runnable(const char* name, const Launch& kernel) { runnables()[name] = kernel; }
 
 const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const void* params, size_t params_bytes,
-                        size_t shared_bytes) {
+                        size_t shared_bytes, bool opt_in) {
   const auto found = runnables().find(name);
   if (found == runnables().end()) return "no kernel of this name";
   Launch launch = found->second;
@@ -521,9 +538,9 @@ const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const 
   launch.grid = grid;
   launch.block = threads;
   launch.shared_bytes = shared_bytes;
-  if (shared_bytes > kSharedWithoutOptIn &&
-      cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes)) != cudaSuccess) {
+  kernels()[launch.kernel].opted_in = 0;
+  if (opt_in && cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes)) != cudaSuccess) {
     error = name + ": " + cudaGetErrorString(cudaErrorInvalidValue);
     return error.c_str();
   }
@@ -663,6 +680,9 @@ void copy_async(void* shared, const void* global, int size, int bytes, const cha
   const Copy copy = {static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), size, bytes};
   trace_issue(copy, reinterpret_cast<uintptr_t>(__builtin_return_address(0)) - 1);
   running->groups.back().push_back(copy);
+  unsigned char seen[16];
+  std::memcpy(seen, copy.from, copy.bytes);  // lest a sanitizer find only in copy_wait that there is nothing to read
+  asm volatile("" ::"r"(seen) : "memory");
   if (settings.eager) {
     std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);

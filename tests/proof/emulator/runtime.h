@@ -61,7 +61,7 @@ struct Block {
 extern Block block;
 
 const char* run_by_name(const std::string& name, dim3 grid, dim3 threads, const void* params, size_t params_bytes,
-                        size_t shared_bytes);
+                        size_t shared_bytes, bool opt_in);
 
 // While a thread runs the emulator's own code.
 struct Inside {
