@@ -14,7 +14,7 @@ import torch
 if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastlm and triton are imported
 
-import proof.emulator  # noqa: F401 - registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
+import proof.emulator
 
 from fastlm.ops import compiled, registry
 from fastlm.ops.layer_norm.op import register_cpu
@@ -51,6 +51,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         if "triton" in op.backends:
             record = op.backends["triton"]
             op.register(dataclasses.replace(record, fwd=interpreted(record.fwd), bwd=interpreted(record.bwd)))
+
+elif torch.cuda.device_count() == 0:
+    import proof.triton_ptx  # noqa: F401 - registers the backend "triton_ptx": what Triton compiles its kernels to
 
 if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which this one runs too
     for target in list(compiled.extension().CPU_TARGETS)[:-1]:

@@ -1,4 +1,4 @@
-"""Runs the tests of CUDA kernels in every build of the emulator, under several schedules.
+"""Runs the tests of CUDA kernels in every build of the emulator, under several schedules; Triton's as PTX.
 
     python tests/proof/run.py [--only PATTERN] [arguments of pytest]
 
@@ -8,6 +8,7 @@ Each line of RUNS is a process of its own: what FASTLM_EMULATOR is, and which te
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ RUNS = {
     "build=ptx": OPS,
     "build=ptx,schedule=round_robin,landing=eager": OPS,
 }
+TRITON = "triton_ptx and bfloat16"  # compiling takes longest, and the other dtypes differ by a conversion
 
 
 def main() -> None:
@@ -35,18 +37,20 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from proof import emulator
 
+    runs = [(name, paths, "emulator or cuda", emulator.environment(name)) for name, paths in RUNS.items()]
+    runs.append((TRITON, OPS[:1], TRITON, os.environ | {"TRITON_INTERPRET": "0"}))
     failed = []
-    for settings, paths in RUNS.items():
+    for settings, paths, tests, environment in runs:
         if not re.search(args.only, settings):
             continue
         start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-k", "emulator or cuda", *paths, *rest]
-        done = subprocess.run(command, cwd=ROOT, env=emulator.environment(settings) | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-k", tests, *paths, *rest]
+        done = subprocess.run(command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - start
         print(f"== {settings}: {'failed' if done.returncode else 'passed'} in {seconds:.0f} s", flush=True)
         failed += [settings] * (done.returncode != 0)
     if failed:
-        sys.exit(f"failed: FASTLM_EMULATOR={' and '.join(failed)}")
+        sys.exit(f"failed: {' and '.join(failed)}")
 
 
 if __name__ == "__main__":
