@@ -292,9 +292,11 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _norm_tensors(op: str, shape: tuple[int, ...], dims: int, parameters: tuple[str, ...], residual=None, salt=()):
+def _norm_tensors(
+    op: str, shape: tuple[int, ...], dims: int, parameters: tuple[str, ...], residual=None, salt=(), mean=0.5
+):
     def make(generator: torch.Generator) -> dict[str, Tensor]:
-        x = _normal(generator, *shape) * 2 + 0.5
+        x = _normal(generator, *shape) * 2 + mean
         tensors = {"input": hostile.salted(x, *salt) if salt else x}
         if op.startswith("add"):
             tensors["residual"] = _normal(generator, *(shape if residual is None else residual))
@@ -307,9 +309,10 @@ def _norm_tensors(op: str, shape: tuple[int, ...], dims: int, parameters: tuple[
 
 
 def _norm_cases(op: str) -> list[Case]:
-    def case(name, shape, *, dims=1, parameters=("weight", "bias"), residual=None, salt=(), options=None, **kwargs):
+    def case(name, shape, *, dims=1, parameters=("weight", "bias"), residual=None, salt=(), mean=0.5, options=None,
+             **kwargs):  # fmt: skip
         fields = {"normalized_shape": tuple(shape[len(shape) - dims :]), **(options or {})}
-        return Case(op, name, _norm_tensors(op, shape, dims, parameters, residual, salt), fields, **kwargs)
+        return Case(op, name, _norm_tensors(op, shape, dims, parameters, residual, salt, mean), fields, **kwargs)
 
     added = op.startswith("add")
     cases = [
@@ -356,6 +359,7 @@ def _norm_cases(op: str) -> list[Case]:
         case("expanded parameters", (4, 8), layouts={"weight": "expanded_last", "bias": "expanded_last"}),
         case("upstream gradient of a sum", (4, 9), layouts={"grad_0": "from_sum", "grad_1": "from_sum"}),
         case("inf and nan", (6, 8), salt=(math.inf, math.nan), options={"eps": 1e-6}),
+        case("mean far from zero", (3, 40), mean=300.0),
         case("large eps", (4, 8), options={"eps": 0.5}),
         case("zero eps", (4, 8), options={"eps": 0.0}),
         case("fp32 parameters", (4, 24), dtypes={"weight": torch.float32, "bias": torch.float32}),

@@ -14,7 +14,7 @@ import torch
 if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastlm and triton are imported
 
-import proof.emulator
+import proof.emulator  # registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
 
 from fastlm.ops import compiled, registry
 from fastlm.ops.layer_norm.op import register_cpu

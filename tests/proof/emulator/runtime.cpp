@@ -118,6 +118,8 @@ struct Barrier {
   int line = 0, threads = 0, arrived = 0;
   std::vector<int> waiting;
   Clock clock;
+
+  int most() const;  // threads that can arrive before it is complete
 };
 
 struct Warp {
@@ -152,6 +154,8 @@ void say_where() {
   std::fprintf(stderr, "in %s, block %s, %s\n", block.kernel.c_str(), index.c_str(), described(*running).c_str());
 }
 #endif
+
+int Barrier::most() const { return arrived + block.threads - done - static_cast<int>(waiting.size()); }
 
 uint64_t random_number() {  // xorshift64*
   random_state ^= random_state >> 12;
@@ -290,7 +294,7 @@ void thread_main() {
     }
   }
   for (const Barrier& other : barriers) {
-    if (other.arrived != 0 && other.arrived + block.threads - done < other.threads) {
+    if (other.arrived != 0 && other.most() < other.threads) {
       fail("exits past a barrier at which others wait: " + std::string(other.what), other.file, other.line);
     }
   }
@@ -643,7 +647,7 @@ void barrier(const char* what, int number, int count, bool wait_here, const char
              place(barrier.file, barrier.line),
          file, line);
   }
-  if (barrier.arrived + block.threads - done < count) {
+  if (barrier.most() < count) {
     fail(std::string(what) + ": waits for threads that have exited", file, line);
   }
   Thread& self = *running;
