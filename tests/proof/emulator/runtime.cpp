@@ -102,7 +102,7 @@ Inside::~Inside() { --thread->inside; }
 
 namespace {
 
-constexpr size_t kStack = 256 << 10, kPage = 4096;
+constexpr size_t kStack = 256 << 10, kPage = 4096, kPoisonedStack = 4096;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating type
 
 struct Collective {
@@ -326,6 +326,7 @@ void prepare(int number) {
   set_ready(number, true);
   // Stacks begin at different places of a page, lest all of them want the same lines of the cache.
   const auto top = reinterpret_cast<uintptr_t>(stack_of(number) + kStack) - static_cast<size_t>(number % 32) * 128;
+  std::memset(reinterpret_cast<void*>(top - kPoisonedStack), kPoison, kPoisonedStack);  // so are its variables
   void** words = reinterpret_cast<void**>(top) - kSavedWords;
   std::fill(words, words + kSavedWords, nullptr);
   words[kReturnWord] = reinterpret_cast<void*>(&thread_main);
@@ -341,10 +342,10 @@ void run_block(uint64_t number) {
   std::fill(std::begin(barriers), std::end(barriers), Barrier{});
   ready_warps = 0;
   done = 0;
-  for (int n = 0; n < block.threads; ++n) prepare(n);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stacks, kStack * block.threads);
 #endif
+  for (int n = 0; n < block.threads; ++n) prepare(n);
   trace_block();
   switch_to(next_thread());
   trace_end_of_block();
