@@ -819,6 +819,16 @@ def test_gemm_of_whole_numbers_is_exact(shape):
     assert torch.equal(gemm(a.half(), b.T.contiguous().half(), transposed=True), expected)
 
 
+@pytest.mark.parametrize("landing", ["lazy", "eager"])
+def test_gemm_is_exact_as_nvcc_compiled_it(landing):
+    a, b = torch.randint(-8, 9, (70, 100)), torch.randint(-8, 9, (100, 66))
+    with emulator.settings(build="ptx", landing=landing):
+        assert torch.equal(gemm(a.bfloat16(), b.bfloat16()), (a @ b).float())
+        assert torch.equal(gemm(a.half(), b.T.contiguous().half(), transposed=True), (a @ b).float())
+        used = emulator.instructions(lambda: gemm(a.bfloat16(), b.bfloat16()))["gemm_bf16"]
+    assert {"mma", "ldmatrix", "cp", "bar"} <= {opcode.split(".")[0] for opcode in used}
+
+
 def test_gemm_is_as_precise_as_fp32_accumulation():
     for dtype, transposed in itertools.product((torch.bfloat16, torch.float16), (False, True)):
         a, b = torch.randn(70, 200).to(dtype), torch.randn(200, 66).to(dtype)
