@@ -93,6 +93,7 @@ def lines(report):
     return [" ".join(line.split()) for line in report.splitlines()]
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 @needs_nvcc
 def test_cuda_wheel_holds_the_architectures_asked_for(source):

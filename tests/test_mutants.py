@@ -170,7 +170,7 @@ def test_what_is_listed_exists_and_has_a_reason():
 @pytest.mark.slow
 @pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulator: {emulator.missing()}")
 def test_a_sample_of_mutants_is_killed(tmp_path):
-    command = [sys.executable, mutants.__file__, "--sample", "10", "--seed", "1", "--jobs", "1"]
+    command = [sys.executable, mutants.__file__, "--file", "norm_fwd", "--sample", "10", "--seed", "3", "--jobs", "1"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"layer_norm: 10 of 10, (9|10) killed", done.stderr)
+    assert re.search(r"layer_norm: 10 of 10, \d+ killed, \d+ timed out, 0 does not compile, 0 survived", done.stderr)

@@ -502,7 +502,7 @@ class Build:
 
 # Judging ----------------------------------------------------------------------------------------------------------
 
-PATIENCE = {"plain": 4.0, "trace": 40.0}  # seconds for a check
+PATIENCE = {"plain": 8.0, "trace": 40.0}  # seconds for a check
 
 
 class Verdict(NamedTuple):
@@ -512,6 +512,7 @@ class Verdict(NamedTuple):
     seconds: float
 
 
+KNOWN = 60  # checks, those that kill most, for a mutant that is known to change nothing, unless all are asked for
 STATUS = ("killed", "timed out", "does not compile", "survived")
 
 
@@ -560,8 +561,8 @@ build_of = functools.cache(Build)
 class Judge:
     """Compiles and runs mutants of one op, in a folder of its own."""
 
-    def __init__(self, op: str, checks: list[Check]) -> None:
-        self.suite, self.checks = SUITES[op], checks
+    def __init__(self, op: str, checks: list[Check], known: set[str]) -> None:
+        self.suite, self.checks, self.known = SUITES[op], checks, known
         self.temporary = tempfile.TemporaryDirectory(prefix="mutants-")
         self.folder = Path(self.temporary.name)
         self.tree, self.empty = self.folder / "csrc", self.folder / "without_kernels"
@@ -604,7 +605,8 @@ class Judge:
     def _judge(self, group: list[Mutant]) -> list[Verdict] | None:
         verdicts = [Verdict(mutant, "survived", "", 0.0) for mutant in group]
         for kind in ("plain", "trace"):
-            if all(verdict.status != "survived" for verdict in verdicts):
+            known = [kind == "trace" and mutant.key in self.known for mutant in group]
+            if all(skip or verdict.status != "survived" for skip, verdict in zip(known, verdicts, strict=True)):
                 break
             began = time.monotonic()
             module = self.compiled(group[0].file, kind)
@@ -612,8 +614,9 @@ class Judge:
             if module is None:
                 return [verdicts[0]._replace(status="does not compile", seconds=shared)] if len(group) == 1 else None
             for n, (mutant, status, _, seconds) in enumerate(verdicts):
-                if status == "survived":
+                if status == "survived" and not known[n]:
                     began, checks = time.monotonic(), self.checks_for(mutant.file, kind)
+                    checks = checks[: KNOWN if mutant.key in self.known else None]
                     status, by = run_checks(module, kind, n + 1 if len(group) > 1 else 0, checks)
                     self.kills[mutant.file, by.split(": ")[0]] += 1
                     verdicts[n] = Verdict(mutant, status, by, round(seconds + shared + time.monotonic() - began, 2))
@@ -635,20 +638,20 @@ class Judge:
 _judge: Judge
 
 
-def _start(op: str, checks: list[Check]) -> None:
+def _start(op: str, checks: list[Check], known: set[str]) -> None:
     global _judge
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what is left unwritten shows
-    _judge = Judge(op, checks)
+    _judge = Judge(op, checks, known)
 
 
 def _work(group: list[Mutant]) -> list[Verdict]:
     return _judge.judge(group)
 
 
-def judge_all(op: str, mutants: list[Mutant], jobs: int) -> list[Verdict]:
+def judge_all(op: str, mutants: list[Mutant], jobs: int, known: set[str]) -> list[Verdict]:
     checks, verdicts, shown = SUITES[op].checks(), [], 0.0
     build_of("plain")
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, (op, checks)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, (op, checks, known)) as pool:
         groups = sorted(groups_of(mutants, 48), key=len, reverse=True)
         for future in as_completed([pool.submit(_work, group) for group in groups]):
             if future.exception():
@@ -697,6 +700,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--all-checks", action="store_true", help="also for mutants that are known to change nothing")
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     parser.add_argument("--json", type=Path, help="file to write every verdict to")
     args = parser.parse_args(arguments)
@@ -708,7 +712,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.list:
             print(*chosen, sep="\n")
         elif chosen:
-            verdicts += judge_all(op, chosen, args.jobs)
+            verdicts += judge_all(op, chosen, args.jobs, set() if args.all_checks else set(listed()))
     if args.json:
         rows = [verdict._asdict() | {"mutant": str(verdict.mutant), "key": verdict.mutant.key} for verdict in verdicts]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
