@@ -209,7 +209,7 @@ void set_ready(int number, bool is_ready) {
 
 Thread* next_thread() {
   if (ready_warps == 0) return nullptr;
-  const int here = running == nullptr ? 0 : running->number;
+  const int here = running == nullptr ? block.threads - 1 : running->number;  // a block begins as if its last had run
   int warp, lane;
   if (settings.schedule == Settings::kRandom) {
     warp = bit_at(ready_warps, static_cast<int>(random_number() % __builtin_popcount(ready_warps)));
