@@ -21,6 +21,7 @@ from proof import emulator
 
 import fastlm
 import fastlm.functional as F
+from fastlm.ops import philox
 
 TESTS = Path(__file__).parent
 KERNELS = TESTS / "proof" / "kernels"
@@ -1247,6 +1248,21 @@ def test_sanitizers_see_the_bug(kernel, reports_of_sanitizers):
     status, message = reports_of_sanitizers[kernel]
     assert status != 0
     assert_names_its_place(message, kernel, SANITIZED[kernel])
+
+
+# Rows past 2^31 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", ["plain", "ptx"])
+def test_dropouts_words_differ_by_both_halves_of_the_row(build):
+    rng_state = torch.tensor([0x123456789ABCDEF0, 7])
+    rows = torch.arange(32) * 0x123456789  # from 0 to past 2^37
+    words = torch.zeros(32, 4, dtype=torch.int64)
+    with emulator.settings(build=build):
+        emulator.run("dropout_words", 1, 32, rng_state, rows, words)
+    counter = torch.arange(32), rows & philox.WORD, rows >> 32, rng_state[1]
+    key = rng_state[0] & philox.WORD, rng_state[0] >> 32
+    assert torch.equal(words, torch.stack(philox.philox_4x32(counter, key), 1))
 
 
 # Memory traffic ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 // test_emulator.py says what each must give; a line that it looks up in a trace has a comment TRACED with a name.
 #include <type_traits>
 
+#include "common/philox.h"
 #include "common/vec.cuh"
 #include "proof_kernel.h"
 
@@ -490,6 +491,13 @@ PROOF_KERNEL(swizzled_tile) { load_from_tile<true>(args); }
 PROOF_KERNEL(histogram) {
   const int i = threadIdx.x;
   atomicAdd(args.tensor<float>(1) + i % args.numbers[0], args.tensor<float>(0)[i]);  // TRACED: atomic
+}
+
+// Dropout's words for rows that no launch of the tests reaches: rng_state [2], rows [32] -> [32, 4].
+PROOF_KERNEL(dropout_words) {
+  const int lane = threadIdx.x;
+  const Philox4 words = Dropout::words(args.tensor<int64_t>(0), args.tensor<int64_t>(1)[lane], lane);
+  for (int i = 0; i < 4; ++i) args.tensor<int64_t>(2)[lane * 4 + i] = words.at[i];
 }
 
 }  // namespace proof
