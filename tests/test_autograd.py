@@ -387,11 +387,11 @@ def test_add_norms_keep_one_activation_and_statistics(op, dropout_p):
     assert elements(kept, [weight]) <= ROWS * COLUMNS + 2 * ROWS + 2
 
 
-def test_cross_entropy_keeps_the_logits_and_one_number_a_row():
+def test_cross_entropy_keeps_the_logits_and_two_numbers_a_row():
     logits, target = torch.randn(ROWS, 1000, requires_grad=True), torch.randint(0, 1000, (ROWS,))
     with fastlm.use_backend("reference"):
         kept = saved_by(F.cross_entropy, logits, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
-    assert elements(kept, [logits, target]) <= ROWS
+    assert elements(kept, [logits, target]) <= 2 * ROWS + 2
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -400,7 +400,7 @@ def test_linear_cross_entropy_keeps_nothing_as_large_as_the_logits(reduction):
     target = torch.randint(0, 1000, (ROWS,))
     kept = saved_by(F.linear_cross_entropy, x, weight, target, reduction=reduction)
     gradients = 0 if reduction == "none" else x.numel() + weight.numel()
-    assert elements(kept, [x, weight, target]) <= gradients + ROWS + 1
+    assert elements(kept, [x, weight, target]) <= gradients + 2 * ROWS + 2
     assert all(y.numel() < ROWS * 1000 for y in kept)
 
 
@@ -440,7 +440,7 @@ def test_opcheck_finds_nothing_in_forward_and_backward(op, backend, layout, dtyp
         return record.fwd(*args)
 
     def bwd(*args):
-        seen["bwd"] = args
+        seen["bwd"] = args[:-1] if OPS[op].in_place else args
         return record.bwd(*args)
 
     fastlm.register_backend(op, fastlm.Backend("watched", fwd=fwd, bwd=bwd))

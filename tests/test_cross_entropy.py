@@ -259,14 +259,14 @@ def test_linear_cross_entropy_never_makes_a_tensor_of_the_size_of_the_logits(row
 
 @pytest.mark.parametrize("classes", [(7,), (3, 4)])
 def test_linear_cross_entropy_sums_its_chunks(classes, monkeypatch):
-    from fastlm.ops.cross_entropy import reference
+    from fastlm.ops.cross_entropy import kernels, reference
 
     x, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(*classes, 6, dtype=torch.float64)
     target = torch.randint(0, classes[0], (50, *classes[1:]))
     leaves = [y.requires_grad_() for y in (x, weight)]
     results = []
     for size in (2**27, 400):  # bytes of one chunk of logits
-        monkeypatch.setattr(reference, "CHUNK_BYTES", size)
+        monkeypatch.setattr(kernels, "CHUNK_BYTES", size)
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", size // 16)
         for reduction in ("mean", "none"):
             loss = F.linear_cross_entropy(x, weight, target, reduction=reduction)
@@ -277,9 +277,9 @@ def test_linear_cross_entropy_sums_its_chunks(classes, monkeypatch):
 
 
 def test_linear_cross_entropy_sums_the_gradients_of_its_parameters_in_fp32(monkeypatch):
-    from fastlm.ops.cross_entropy import reference
+    from fastlm.ops.cross_entropy import kernels
 
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 200)  # a chunk of 14 rows
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 200)  # a chunk of 14 rows
     x, weight, bias = logits(2000, 6), logits(7, 6), logits(1, 7)[0]
     target, tensors = torch.arange(2000) % 7, [y.bfloat16() for y in (x, weight, bias)]
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as _keeps_graph
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
@@ -107,6 +108,9 @@ class Op:
         draws: the last two inputs are `dropout_p` and `rng_state`, which is drawn when one of our implementations runs.
         beyond_bwd: why these inputs need gradients that `bwd` does not give; empty if they do not.
         stand_ins: for inputs that backward does not keep, the saved tensor that backends may look at instead.
+        in_place: the backends' `bwd` take a last argument `in_place`: whether they may overwrite what was saved, as
+            they may when autograd calls them directly for the last time. A call through `torch.ops.fastlm`, whose
+            schema promises not to, may not.
         one_gradient: from the arguments of `bwd` by name, whether its first two gradients are equal: then only the
             second is asked for, and both inputs get that tensor, as torch's own addition does it.
         key: from the inputs, all that the choice among backends depends on besides `measured`, so that it is made once
@@ -129,6 +133,7 @@ class Op:
         measured: Callable[[Any], str] | None = None,
         beyond_bwd: Callable[[Any], list[str]] = _none,
         stand_ins: dict[str, str] | None = None,
+        in_place: bool = False,
         one_gradient: Callable[[dict[str, Any]], bool] | None = None,
         key: Callable[[Any], tuple[Any, ...]] | None = None,
     ) -> None:
@@ -137,7 +142,7 @@ class Op:
         self._measured = measured
         self.composite = self._seeded(composite)
         self.result, self.beyond_bwd, self.stand_ins = result, beyond_bwd, stand_ins or {}
-        self.key = key
+        self.key, self.in_place = key, in_place
         self.backends: dict[str, Backend] = {}
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
@@ -254,7 +259,7 @@ class Op:
         backend = self.backends.get(args[-1])
         if backend is None or backend.bwd is None or _watched(args):
             return self.bwd(*args)
-        return backend.bwd(*args[:-1])
+        return backend.bwd(*args[:-1], not _keeps_graph()) if self.in_place else backend.bwd(*args[:-1])
 
     def _seeded(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, with a fresh `rng_state` as last input where dropout needs one."""
@@ -300,7 +305,8 @@ class Op:
         given = dict(zip(self._bwd_names, args, strict=True))
         fields = self.inputs._fields
         inputs = self.inputs(*(given.get(self.stand_ins.get(name, name)) for name in fields))
-        gradients = self._kernel(inputs, args[-1]).bwd(*args[:-1])  # type: ignore[misc]
+        args = (*args[:-1], False) if self.in_place else args[:-1]
+        gradients = self._kernel(inputs, given["backend"]).bwd(*args)  # type: ignore[misc]
         if isinstance(gradients, Tensor):
             return gradients.contiguous()
         tensor = next(arg for arg in args if isinstance(arg, Tensor))

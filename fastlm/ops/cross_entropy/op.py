@@ -16,7 +16,7 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.cross_entropy import reference
+from fastlm.ops.cross_entropy import kernels, reference
 from fastlm.ops.registry import Backend, Op
 
 
@@ -29,6 +29,7 @@ class CrossEntropyInputs(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
+    inplace_backward: bool = False
 
 
 class LinearCrossEntropyInputs(NamedTuple):
@@ -42,6 +43,7 @@ class LinearCrossEntropyInputs(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
+    recompute: bool
     needs_grad: Sequence[bool]
 
 
@@ -95,9 +97,10 @@ def cross_entropy(
         input, weight = input.float(), None if weight is None else weight.float()
     if _wider(input, target, weight):
         input = input.double()
-    if inplace_backward and input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        input = _overwritten(input)
-    inputs = CrossEntropyInputs(input, target, weight, *options)
+    if inplace_backward:
+        inplace_backward = input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        input = _overwritten(input) if inplace_backward else input
+    inputs = CrossEntropyInputs(input, target, weight, *options, inplace_backward)
     return CROSS_ENTROPY.choose(inputs)(*inputs)
 
 
@@ -113,13 +116,13 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    recompute: bool = False,
 ) -> Tensor:
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)` without ever forming the logits in full.
 
     The rows are taken in chunks; "mean" and "sum" form the gradients in the forward pass, the weight's summed in fp32.
-    Two exceptions: on a CPU in bf16 or fp16, and on a CPU under a compiler, "auto" is torch's own linear and
-    cross_entropy, logits and all, since the chunks are measured slower there; `use_backend("reference")` saves the
-    memory.
+    "none" forms the logits again in backward. To accumulate gradients over micro-batches exactly, take reduction="sum"
+    and divide by the number of all their targets.
 
     Args:
         input: (in_features,) or (N, in_features) hidden states.
@@ -127,6 +130,8 @@ def linear_cross_entropy(
         target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`;
             `ignore_index=None` is -100.
         linear_bias: (C,) or (C, d1, ...), in the dtype of `linear_weight`.
+        recompute: keep no gradients from forward to backward, only lse, and form the logits twice: slower, for when
+            `linear_weight` is large and backward is far away.
 
     Returns, raises: as `cross_entropy`; RuntimeError as torch's `linear_cross_entropy` for shapes that do not fit.
 
@@ -157,7 +162,9 @@ def linear_cross_entropy(
         )
     grad = torch.is_grad_enabled()
     needs_grad = [grad and x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)]
-    inputs = LinearCrossEntropyInputs(input, linear_weight, target, linear_bias, weight, *options, needs_grad)
+    inputs = LinearCrossEntropyInputs(
+        input, linear_weight, target, linear_bias, weight, *options, recompute, needs_grad
+    )
     return LINEAR_CROSS_ENTROPY.choose(inputs)(*inputs)
 
 
@@ -180,7 +187,10 @@ class _Overwrite(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError("cross_entropy: inplace_backward does not go with create_graph=True")
-        return input.detach().copy_(grads[0])
+        if grads[0].data_ptr() != input.data_ptr():  # not by the kernel
+            return input.detach().copy_(grads[0])
+        torch.autograd.graph.increment_version(input)
+        return grads[0]
 
 
 def _overwritten(input: Tensor) -> Tensor:
@@ -289,42 +299,35 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     return (*input.shape[:-1], *linear_weight.shape[:-1])
 
 
-def _check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """On a CPU, where looking at values costs no sync; on a GPU the gather asserts."""
-    if target.device.type == "cpu" and not target.is_floating_point():
-        bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-        if bad.any():
-            need = f"in [0, {classes}) or ignore_index {ignore_index}"
-            raise IndexError(f"{op}: target must be {need}, got {target[bad][0].item()}")
-
-
 # Torch ops ------------------------------------------------------------------------------------------------------
 
 
-def _wide_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+def _fake_statistics(input: Tensor, rows: int, reduction: str) -> tuple[Tensor, Tensor]:
+    dtype = kernels.wide_dtype(input)
+    return input.new_empty((2, rows), dtype=dtype), input.new_empty(2 if reduction == "mean" else 0, dtype=dtype)
 
 
 def _fake_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, *_: Any
-) -> tuple[Tensor, Tensor]:
-    dim, dtype = min(1, input.dim() - 1), _wide_dtype(input)
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim = min(1, input.dim() - 1)
     rows = input.shape[:dim] + input.shape[dim + 1 :]
-    loss = input.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    return loss, input.new_empty(math.prod(rows), dtype=dtype)
+    loss = input.new_empty(rows if reduction == "none" else (), dtype=kernels.wide_dtype(input))
+    return loss, *_fake_statistics(input, math.prod(rows), reduction)
 
 
 def _fake_linear_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
     inputs = LinearCrossEntropyInputs(*args[:-1])
-    input, dtype = inputs.input, _wide_dtype(inputs.input)
-    mean_or_sum, rows = inputs.reduction != "none", input.shape[:-1]
-    loss = input.new_empty(() if mean_or_sum else rows, dtype=dtype)
-    likes = ((input, input.dtype), (inputs.linear_weight, dtype), (inputs.linear_bias, dtype))
-    unscaled = [
-        input.new_empty(0) if like is None or not (needed and mean_or_sum) else input.new_empty(like.shape, dtype=kind)
+    input, dtype = inputs.input, kernels.wide_dtype(inputs.input)
+    forms, rows = inputs.reduction != "none" and not inputs.recompute, input.shape[:-1]
+    loss = input.new_empty(rows if inputs.reduction == "none" else (), dtype=dtype)
+    parameters = dtype if input.dtype == torch.float16 else input.dtype
+    likes = ((input, input.dtype), (inputs.linear_weight, parameters), (inputs.linear_bias, parameters))
+    formed = [
+        input.new_empty(like.shape if like is not None and needed and forms else 0, dtype=kind)
         for (like, kind), needed in zip(likes, inputs.needs_grad, strict=True)
     ]
-    return loss, input.new_empty(math.prod(rows), dtype=dtype), *unscaled, input.new_empty((), dtype=dtype)
+    return loss, *_fake_statistics(input, math.prod(rows), inputs.reduction), *formed
 
 
 def _public_loss(outputs: tuple[Tensor, ...], inputs: Any) -> Tensor:
@@ -356,23 +359,25 @@ def _composite(*inputs: Any) -> Tensor:
 def _linear_composite(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *options: Any
 ) -> Tensor:
-    return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-1])
+    return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-2], False)
 
 
 CROSS_ENTROPY = Op(
     "cross_entropy",
     inputs=CrossEntropyInputs,
     fwd="(Tensor input, Tensor target, Tensor? weight, SymInt ignore_index, str reduction, float label_smoothing,"
-    " float z_loss, float softcap, str backend) -> (Tensor loss, Tensor lse)",
-    bwd="(Tensor? grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor lse, SymInt ignore_index,"
-    " str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad, str backend)"
-    " -> Tensor grad_input",
+    " float z_loss, float softcap, bool inplace_backward, str backend)"
+    " -> (Tensor loss, Tensor stats, Tensor divisors)",
+    bwd="(Tensor? grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor stats, Tensor divisors,"
+    " SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, bool inplace_backward,"
+    " bool[] needs_grad, str backend) -> Tensor grad_input",
     fake_fwd=_fake_cross_entropy,
     result=_public_loss,
     composite=_composite,
     auto=("native", "reference"),
     fusable=True,
     beyond_bwd=_beyond_bwd,
+    in_place=True,
 )
 
 
@@ -388,13 +393,14 @@ LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     inputs=LinearCrossEntropyInputs,
     fwd="(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, SymInt ignore_index,"
-    " str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad, str backend)"
-    " -> (Tensor loss, Tensor lse, Tensor unscaled_input, Tensor unscaled_weight, Tensor unscaled_bias,"
-    " Tensor divisor)",
+    " str reduction, float label_smoothing, float z_loss, float softcap, bool recompute, bool[] needs_grad,"
+    " str backend) -> (Tensor loss, Tensor stats, Tensor divisors, Tensor formed_input, Tensor formed_weight,"
+    " Tensor formed_bias)",
     bwd="(Tensor? grad_loss, Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight,"
-    " Tensor lse, Tensor unscaled_input, Tensor unscaled_weight, Tensor unscaled_bias, Tensor divisor,"
-    " SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, bool[] needs_grad,"
-    " str backend) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
+    " Tensor stats, Tensor divisors, Tensor formed_input, Tensor formed_weight, Tensor formed_bias,"
+    " SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float softcap, bool recompute,"
+    " bool[] needs_grad, str backend)"
+    " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)",
     fake_fwd=_fake_linear_cross_entropy,
     result=_public_loss,
     composite=_linear_composite,
@@ -402,6 +408,7 @@ LINEAR_CROSS_ENTROPY = Op(
     measured=_measured,
     fusable=False,
     beyond_bwd=_beyond_bwd,
+    in_place=True,
 )
 
 
@@ -420,8 +427,7 @@ def _native_cross_entropy(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    *_: Any,
 ) -> Tensor:
     return torch.nn.functional.cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -431,21 +437,20 @@ def _native_cross_entropy(
 def _native_linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *options: Any
 ) -> Tensor:
-    return _native_cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-1])
+    return _native_cross_entropy(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options)
 
 
-def _reference_cross_entropy_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+def _reference_cross_entropy_fwd(*args: Any) -> tuple[Tensor, ...]:
     inputs = CrossEntropyInputs(*args)
-    _check_range(
-        "cross_entropy", inputs.target, inputs.input.shape[min(1, inputs.input.dim() - 1)], inputs.ignore_index
-    )
+    classes = inputs.input.shape[min(1, inputs.input.dim() - 1)]
+    kernels.check_range("cross_entropy", inputs.target, classes, inputs.ignore_index)
     return reference.cross_entropy_fwd(*args)
 
 
 def _reference_linear_cross_entropy_fwd(*args: Any) -> tuple[Tensor, ...]:
     inputs = LinearCrossEntropyInputs(*args)
-    _check_range("linear_cross_entropy", inputs.target, len(inputs.linear_weight), inputs.ignore_index)
-    return reference.linear_cross_entropy_fwd(*args)
+    kernels.check_range("linear_cross_entropy", inputs.target, len(inputs.linear_weight), inputs.ignore_index)
+    return kernels.linear_fwd(reference.KERNELS, *args)
 
 
 def _copies(inputs: CrossEntropyInputs) -> list[str]:
