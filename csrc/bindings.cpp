@@ -5,6 +5,7 @@
 
 #include "common/bind.h"
 #include "common/cpu_target.h"
+#include "cross_entropy/cross_entropy.h"
 #include "layer_norm/layer_norm.h"
 
 #ifdef FASTLM_CUDA
@@ -65,6 +66,9 @@ PYBIND11_MODULE(_C, m) {
 
   fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");
   fastlm::bind<&fastlm::layer_norm_bwd_cpu>(m, "layer_norm_bwd_cpu");
+  fastlm::bind<&fastlm::cross_entropy_fwd_cpu>(m, "cross_entropy_fwd_cpu");
+  fastlm::bind<&fastlm::cross_entropy_sum_cpu>(m, "cross_entropy_sum_cpu");
+  fastlm::bind<&fastlm::cross_entropy_bwd_cpu>(m, "cross_entropy_bwd_cpu");
 #ifdef FASTLM_CUDA
   fastlm::bind_cuda_launchers(m);
 #endif

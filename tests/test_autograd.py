@@ -387,11 +387,11 @@ def test_add_norms_keep_one_activation_and_statistics(op, dropout_p):
     assert elements(kept, [weight]) <= ROWS * COLUMNS + 2 * ROWS + 2
 
 
-def test_cross_entropy_keeps_the_logits_and_two_numbers_a_row():
+def test_cross_entropy_keeps_the_logits_and_three_numbers_a_row():
     logits, target = torch.randn(ROWS, 1000, requires_grad=True), torch.randint(0, 1000, (ROWS,))
     with fastlm.use_backend("reference"):
         kept = saved_by(F.cross_entropy, logits, target, label_smoothing=0.1, z_loss=0.1, softcap=5.0)
-    assert elements(kept, [logits, target]) <= 2 * ROWS + 2
+    assert elements(kept, [logits, target]) <= 3 * ROWS + 2
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -400,7 +400,7 @@ def test_linear_cross_entropy_keeps_nothing_as_large_as_the_logits(reduction):
     target = torch.randint(0, 1000, (ROWS,))
     kept = saved_by(F.linear_cross_entropy, x, weight, target, reduction=reduction)
     gradients = 0 if reduction == "none" else x.numel() + weight.numel()
-    assert elements(kept, [x, weight, target]) <= gradients + 2 * ROWS + 2
+    assert elements(kept, [x, weight, target]) <= gradients + 3 * ROWS + 2
     assert all(y.numel() < ROWS * 1000 for y in kept)
 
 

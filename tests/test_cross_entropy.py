@@ -266,7 +266,7 @@ def test_linear_cross_entropy_sums_its_chunks(classes, monkeypatch):
     leaves = [y.requires_grad_() for y in (x, weight)]
     results = []
     for size in (2**27, 400):  # bytes of one chunk of logits
-        monkeypatch.setattr(kernels, "CHUNK_BYTES", size)
+        monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", size)
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", size // 16)
         for reduction in ("mean", "none"):
             loss = F.linear_cross_entropy(x, weight, target, reduction=reduction)
@@ -279,7 +279,7 @@ def test_linear_cross_entropy_sums_its_chunks(classes, monkeypatch):
 def test_linear_cross_entropy_sums_the_gradients_of_its_parameters_in_fp32(monkeypatch):
     from fastlm.ops.cross_entropy import kernels
 
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 200)  # a chunk of 14 rows
+    monkeypatch.setitem(kernels.CHUNK_BYTES, "cpu", 200)  # a chunk of 14 rows
     x, weight, bias = logits(2000, 6), logits(7, 6), logits(1, 7)[0]
     target, tensors = torch.arange(2000) % 7, [y.bfloat16() for y in (x, weight, bias)]
 

@@ -146,6 +146,11 @@ __device__ inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Stops the kernel, and the host's next call reports it, unless `holds`; in every build.
+__device__ inline void device_assert(bool holds, const char* message) {
+  if (!holds) __assertfail(message, "fastlm", 0, "", sizeof(char));
+}
+
 // 2^x, within 2 ulp.
 __device__ inline float exp2_approx(float x) {
   float y;

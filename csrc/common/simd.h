@@ -206,6 +206,67 @@ inline A sum(Vec<A> x) {
   return lanes[0];
 }
 
+// The larger of each pair of lanes; of NaN and a number b's.
+template <typename V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename A>
+inline A largest(Vec<A> x) {
+  A lanes[kLanes<A>], result;
+  memcpy(lanes, &x, sizeof lanes);
+  result = lanes[0];
+  for (int i = 1; i < kLanes<A>; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+// Functions ---------------------------------------------------------------------------------------------------------
+
+// e^x within 2 ulp; 0 instead of subnormal numbers. With n = round(x / ln 2) and r = x - n ln 2 in two steps, 2^n times
+// Cephes' polynomial of r.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kLowest = -87.33654f, kBeyond = 88.8f;
+  const Vec<float> clamped = x > kBeyond ? broadcast<float>(kBeyond) : x;
+  const Vec<float> shifted = multiply_add(clamped, broadcast<float>(1.44269504f), broadcast<float>(0x1.8p23f));
+  const Vec<float> n = shifted - 0x1.8p23f;
+  Vec<float> r = multiply_add(n, broadcast<float>(-0.693359375f), clamped);
+  r = multiply_add(n, broadcast<float>(2.12194440e-4f), r);
+  Vec<float> y = broadcast<float>(1.9875691500e-4f);
+  constexpr float kMore[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  for (const float c : kMore) {
+    y = multiply_add(y, r, broadcast<float>(c));
+  }
+  y = multiply_add(y * r, r, r + 1.0f);
+  const Words power = (reinterpret_cast<Words>(shifted) << 23) + 0x3F800000u;  // shifted ends in the bits of n
+  y *= reinterpret_cast<Vec<float>>(power);
+  return x < kLowest ? Vec<float>{} : y;
+}
+
+// tanh x within 4 ulp: Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would lose digits.
+inline Vec<float> tanh(Vec<float> x) {
+  const Vec<float> magnitude = reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(x) & 0x7FFFFFFFu);
+  const Words sign = reinterpret_cast<Words>(x) & 0x80000000u;
+  const Vec<float> far = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  const Vec<float> square = x * x;
+  Vec<float> near = broadcast<float>(-5.70498872745e-3f);
+  constexpr float kMore[] = {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
+  for (const float c : kMore) {
+    near = multiply_add(near, square, broadcast<float>(c));
+  }
+  near = multiply_add(near * square, x, x);
+  return magnitude < 0.625f ? near : reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(far) | sign);
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
 // Parts of a vector, for the last columns of a row ------------------------------------------------------------------
 
 template <typename T>
@@ -224,14 +285,13 @@ inline void store(T* p, Vec<typename Arithmetic<T>::type> x, int64_t count) {
   memcpy(p, &bits, count * sizeof(T));
 }
 
-// x in the first `count` lanes, 0 in the others.
+// x in the first `count` lanes, `rest` in the others.
 template <typename A>
-inline Vec<A> first(Vec<A> x, int64_t count) {
+inline Vec<A> first(Vec<A> x, int64_t count, A rest = 0) {
   if (count >= kLanes<A>) return x;
-  A lanes[kLanes<A>] = {};
-  memcpy(lanes, &x, count * sizeof(A));
-  memcpy(&x, lanes, sizeof lanes);
-  return x;
+  Vec<A> lanes = broadcast<A>(rest);
+  memcpy(&lanes, &x, count * sizeof(A));
+  return lanes;
 }
 
 }  // namespace

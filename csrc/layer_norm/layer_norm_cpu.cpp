@@ -10,46 +10,13 @@
 #include <cmath>
 #include <cstdlib>
 
-#include <omp.h>
-
+#include "common/cpu_rows.h"
 #include "common/huge_pages.h"
 #include "common/philox.h"
-#include "common/simd.h"
 #include "layer_norm/layer_norm.h"
 
 namespace fastlm {
 namespace {
-
-constexpr int64_t kSmall = 1 << 15;         // elements below which one thread is faster than waking the others
-constexpr int64_t kBeyondCaches = 1 << 22;  // bytes from which on a result is written past the caches
-
-// body(column, count, chain): all columns in steps of a vector; count is the number of lanes, and less at the end of a
-// row. `chain` goes round kChains, so that as many sums can be under way at a time.
-constexpr int kChains = 4;
-
-template <typename A, typename F>
-inline __attribute__((always_inline)) void for_columns(int64_t cols, const F& body) {
-  constexpr int64_t kStep = kLanes<A>;
-  int64_t column = 0;
-  for (; column + kChains * kStep <= cols; column += kChains * kStep) {
-    for (int chain = 0; chain < kChains; ++chain) body(column + chain * kStep, kStep, chain);
-  }
-  for (; column + kStep <= cols; column += kStep) body(column, kStep, 0);
-  if (column < cols) body(column, cols - column, 0);
-}
-
-template <bool kValue>
-struct Constant {
-  static constexpr bool value = kValue;
-};
-
-// Sums under way.
-template <typename A>
-struct Sums {
-  Vec<A> chains[kChains] = {};
-
-  A total() const { return sum<A>((chains[0] + chains[1]) + (chains[2] + chains[3])); }
-};
 
 // Rows of A to work in, from the heap: none of the standard library's templates, see common/simd.h.
 template <typename A>
@@ -130,30 +97,10 @@ inline Vec<A> dropped(Vec<A> x, Vec<A> factor) {
   return factor != Vec<A>{} ? x * factor : Vec<A>{};
 }
 
-int threads_for(int64_t rows, int64_t cols) {
-  if (rows * cols < kSmall) return 1;
-  const int64_t most = omp_get_max_threads();
-  return static_cast<int>(rows < most ? rows : most);
-}
-
-// A row of a result, written past the caches if the whole is larger than they are and the row is aligned.
 template <typename T>
-class Result {
- public:
-  Result(void* data, int64_t row, const Rows& rows, int64_t cols)
-      : row_(static_cast<T*>(data) + row * cols),
-        past_caches_(rows.count() * cols * int64_t{sizeof(T)} >= kBeyondCaches &&
-                     reinterpret_cast<uintptr_t>(row_) % sizeof(Packed<T>) == 0) {}
-
-  void put(int64_t column, Vec<typename Arithmetic<T>::type> x, int64_t count) const {
-    if (past_caches_ && count == kLanes<typename Arithmetic<T>::type>) return stream(row_ + column, x);
-    store(row_ + column, x, count);
-  }
-
- private:
-  T* row_;
-  bool past_caches_;
-};
+Result<T> result(void* data, int64_t row, const Rows& rows, int64_t cols) {
+  return {static_cast<T*>(data) + row * cols, rows.count() * cols * int64_t{sizeof(T)}};
+}
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
@@ -186,7 +133,7 @@ void fwd_sum(const LayerNormFwdParams& p, int64_t row, A* factors, FwdRow<A>& st
     });
   } else {
     const R* residual = static_cast<const R*>(p.residual) + p.rows.offset(row, p.residual_strides);
-    const Result<R> new_residual(p.new_residual, row, p.rows, cols);
+    const Result<R> new_residual = result<R>(p.new_residual, row, p.rows, cols);
     if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, cols, factors);
     for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
       Vec<A> x = load(input + c, count);
@@ -219,7 +166,7 @@ void fwd_variance(const LayerNormFwdParams& p, int64_t row, FwdRow<A>& state) {
 
 template <typename T, typename A>
 void fwd_output(const LayerNormFwdParams& p, int64_t row, const A* weight, const A* bias, const FwdRow<A>& state) {
-  const Result<T> output(p.output, row, p.rows, p.cols);
+  const Result<T> output = result<T>(p.output, row, p.rows, p.cols);
   for_columns<A>(p.cols, [&](int64_t c, int64_t count, int) {
     const Vec<A> x_hat = (load(state.wide + c, count) - state.mean) * state.rstd;
     output.put(c, multiply_add(x_hat, load(weight + c, count), load(bias + c, count)), count);
@@ -304,8 +251,8 @@ void bwd_grads(const LayerNormBwdParams& p, int64_t row, A* factors, const BwdRo
   const R* next_x = row_after<R>(p.normalized, row + 1, p.rows, p.normalized_strides);
   const R* grad_new_residual =
       static_cast<const R*>(p.grad_new_residual) + p.rows.offset(row, p.grad_new_residual_strides);
-  const Result<T> grad_input(p.grad_input, row, p.rows, p.cols);
-  const Result<R> grad_residual(p.grad_residual, row, p.rows, p.cols);
+  const Result<T> grad_input = result<T>(p.grad_input, row, p.rows, p.cols);
+  const Result<R> grad_residual = result<R>(p.grad_residual, row, p.rows, p.cols);
   if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, p.cols, factors);
   // Twice: without a residual's gradients and dropout no vector should ask for them.
   const auto finish = [&](auto plain) {

@@ -12,7 +12,7 @@
 #include "common/philox.h"
 #include "common/vec.cuh"
 #include "layer_norm/layer_norm.h"
-#include "layer_norm/row_tile.cuh"
+#include "common/row_tile.cuh"
 
 namespace fastlm {
 namespace {

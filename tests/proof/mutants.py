@@ -422,7 +422,7 @@ SUITES = {
     "layer_norm": Suite(
         kernels=("layer_norm/layer_norm_fwd.cu", "layer_norm/layer_norm_bwd.cu"),
         headers=(
-            "layer_norm/row_tile.cuh",
+            "common/row_tile.cuh",
             *(f"common/{name}" for name in ("reduce.cuh", "vec.cuh", "rows.h", "philox.h", "dispatch.cuh")),
         ),
         checks=checks.norm_checks,

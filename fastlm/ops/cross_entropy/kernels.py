@@ -1,4 +1,4 @@
-"""Both losses, over what each backend brings: four functions of rows of logits.
+"""Both losses, over what each backend brings: three functions of rows of logits.
 
 `linear_cross_entropy` goes through the rows in chunks, so that the logits are only ever in one workspace of a chunk's
 size. For "mean" and "sum" the gradients are formed in forward, for an upstream gradient of 1: the gradient of a chunk's
@@ -23,8 +23,12 @@ from torch import Tensor
 
 from fastlm.ops import rows
 
-CHUNK_BYTES = 2**27  # of one chunk's logits, at most: few, large chunks keep the matrix products efficient
-CHUNKS = 3  # at least: beside the three tensors of the logits' size that torch holds, a ninth
+CHUNK_BYTES = {
+    "cpu": 2**27,
+    "cuda": 2**29,
+}  # of a chunk's logits, at most: few, large chunks keep the products efficient
+CHUNKS = 3  # at least: beside the three tensors of the logits' size that torch holds, a ninth ...
+CHUNK_ROWS = 256  # ... but if chunks had fewer rows than this, two
 
 
 class Options(NamedTuple):
@@ -37,13 +41,15 @@ class Options(NamedTuple):
 class Kernels(NamedTuple):
     """What a backend brings: functions of rows. None syncs with the device.
 
-    logits are (..., classes), any strides; target is (rows,) int64 class indices or probabilities of the shape of the
-    logits; weight is (classes,) or None. losses (rows,), stats (2, rows) and divisors (2,) are fp32, fp64 if the logits
-    are; stats need only be contiguous along the rows. `divisors` None is reduction "sum" or "none".
+    logits are (..., classes), any strides; target is (rows,) int64 class indices, contiguous, or probabilities of the
+    shape of the logits, any strides; weight is (classes,) or None. losses (rows,), stats (3, rows) and divisors (2,)
+    are fp32, fp64 if the logits are; stats need only be contiguous along the rows. Of each row they are the largest
+    logit m (after the soft cap), the log of sum(exp(x - m)), and sum(q): lse in two parts, so that exp(x - m - log)
+    stays exact where logits are large. `divisors` None is reduction "sum" or "none".
 
     Args:
-        fwd: (logits, target, weight, options, losses, stats, divisors) fills losses, with their z part, and stats: lse
-            and sum(q), anything where ignored. Given divisors, the gradient of the mean takes the logits' place; these
+        fwd: (logits, target, weight, options, losses, stats, divisors) fills losses, with their z part, and
+            stats, anything where ignored. Given divisors, the gradient of the mean takes the logits' place; these
             are then (rows, classes) and contiguous. IndexError on a CPU for a target out of range.
         sum: (target, weight, options, losses, stats, divisors) -> the loss, (). Fills divisors: the sum of the weights
             of the targets that are not ignored (for probabilities the number of rows), and the number of these targets.
@@ -52,9 +58,9 @@ class Kernels(NamedTuple):
             dtype and any strides, or the logits themselves. grad_loss is (rows,), or (1,) for all of them.
     """
 
-    fwd: Callable[..., None]
+    fwd: Callable[..., Any]
     sum: Callable[..., Any]
-    bwd: Callable[..., None]
+    bwd: Callable[..., Any]
 
 
 def fwd(
@@ -77,7 +83,7 @@ def fwd(
     )
     shape, dtype, device = logits.shape[:-1], wide_dtype(input), input.device
     losses = torch.empty(shape, dtype=dtype, device=device)
-    stats = torch.empty((2, losses.numel()), dtype=dtype, device=device)
+    stats = torch.empty((3, losses.numel()), dtype=dtype, device=device)
     divisors = torch.empty(2 if reduction == "mean" else 0, dtype=dtype, device=device)
     kernels.fwd(logits, target, weight, options, losses, stats, None)
     if reduction != "none":
@@ -132,7 +138,7 @@ def linear_fwd(
     x, dtype = _matrix(input), wide_dtype(input)
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
     target = _linear_target(x, linear_weight, target)
-    losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((2, len(x)), dtype=dtype)
+    losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((3, len(x)), dtype=dtype)
     divisors = x.new_empty(2 if reduction == "mean" else 0, dtype=dtype)
     if reduction == "mean":
         kernels.sum(target, weight, options, None, None, divisors)
@@ -216,7 +222,7 @@ class _GradientSums:
         self.needed = any(self.needs_grad)
         self.dtype, self.device_type = wide_dtype(x), x.device.type
         self.input = x.new_empty(x.shape if self.needs_grad[0] else 0)
-        self.weight = x.new_empty(0)
+        self.weight, self.product = x.new_empty(0), None
         self.bias = x.new_zeros(len(weight) if self.needs_grad[2] else 0, dtype=self.dtype)
 
     def add(self, chunk: slice, grad: Tensor) -> None:
@@ -224,22 +230,26 @@ class _GradientSums:
         if self.needs_grad[0]:
             torch.mm(grad, self.linear_weight, out=self.input[chunk])
         if self.needs_grad[1]:
-            self._add_weight(grad.T, x, chunk.start == 0, len(x) == len(self.x))
+            self._add_weight(grad.T, x, chunk.start == 0)
         if self.needs_grad[2]:
             self.bias.add_(grad.sum(0, dtype=self.dtype))
 
-    def _add_weight(self, grad: Tensor, x: Tensor, first: bool, only: bool) -> None:
+    def _add_weight(self, grad: Tensor, x: Tensor, first: bool) -> None:
         if x.dtype == self.dtype:
             self.weight = torch.mm(grad, x) if first else self.weight.addmm_(grad, x)
             return
+        if self.product is None and not first:
+            self.product, self.weight = torch.empty_like(self.weight), self.weight.to(self.dtype)
         if self.device_type == "cuda":
-            product = torch.mm(grad, x, out_dtype=self.dtype)
+            product = torch.mm(grad, x, out_dtype=self.dtype, out=self.product)
         elif x.dtype == torch.float16:
-            product = torch.mm(grad.to(self.dtype), x.to(self.dtype))  # a sum that is not yet divided may not fit fp16
+            product = torch.mm(
+                grad.to(self.dtype), x.to(self.dtype), out=self.product
+            )  # may pass fp16's largest number
         else:
-            product = torch.mm(grad, x)
+            product = torch.mm(grad, x, out=self.product)
         if first:
-            self.weight = product if only else product.to(self.dtype)
+            self.weight = product
         else:
             self.weight.add_(product)
 
@@ -259,14 +269,20 @@ class _GradientSums:
 
 def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of rows with their logits, which live in one workspace."""
-    count = max(CHUNKS, -(-len(x) * len(weight) * x.element_size() // CHUNK_BYTES))
-    size = max(1, -(-len(x) // count))
+    size = max(1, -(-len(x) // _chunk_count(x, len(weight))))
     workspace = x.new_empty((min(size, len(x)), len(weight)))
     for start in range(0, len(x), size):
         chunk = slice(start, min(start + size, len(x)))
         logits, part = workspace[: chunk.stop - start], x[chunk]
         torch.mm(part, weight.T, out=logits) if bias is None else torch.addmm(bias, part, weight.T, out=logits)
         yield chunk, logits
+
+
+def _chunk_count(x: Tensor, classes: int) -> int:
+    fitting = -(-len(x) * classes * x.element_size() // CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]))
+    if x.is_cpu and x.dtype != wide_dtype(x):
+        return fitting  # adding up in fp32 what is multiplied in 16 bits costs a CPU more than the memory is worth
+    return max(fitting, min(CHUNKS, max(2, len(x) // CHUNK_ROWS)))
 
 
 def check_range(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -293,11 +309,15 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def _target_rows(target: Tensor) -> Tensor:
-    return classes_last(target) if target.is_floating_point() else target.reshape(-1).long()
+    return classes_last(target) if target.is_floating_point() else target.reshape(-1).long().contiguous()
 
 
 def _linear_target(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
-    return target.reshape(len(x), len(linear_weight)) if target.is_floating_point() else target.reshape(-1).long()
+    return (
+        target.reshape(len(x), len(linear_weight))
+        if target.is_floating_point()
+        else target.reshape(-1).long().contiguous()
+    )
 
 
 def _matrix(input: Tensor) -> Tensor:

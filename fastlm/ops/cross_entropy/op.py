@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlm.ops import rows
 from fastlm.ops.checks import (
     autocast_dtype,
     check_integer,
@@ -16,8 +18,9 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.cross_entropy import kernels, reference
-from fastlm.ops.registry import Backend, Op
+from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
+from fastlm.ops.cross_entropy import kernels, launch, reference
+from fastlm.ops.registry import FLOATS, Backend, Op
 
 
 class CrossEntropyInputs(NamedTuple):
@@ -304,7 +307,7 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 
 def _fake_statistics(input: Tensor, rows: int, reduction: str) -> tuple[Tensor, Tensor]:
     dtype = kernels.wide_dtype(input)
-    return input.new_empty((2, rows), dtype=dtype), input.new_empty(2 if reduction == "mean" else 0, dtype=dtype)
+    return input.new_empty((3, rows), dtype=dtype), input.new_empty(2 if reduction == "mean" else 0, dtype=dtype)
 
 
 def _fake_cross_entropy(
@@ -453,15 +456,104 @@ def _reference_linear_cross_entropy_fwd(*args: Any) -> tuple[Tensor, ...]:
     return kernels.linear_fwd(reference.KERNELS, *args)
 
 
-def _copies(inputs: CrossEntropyInputs) -> list[str]:
-    return ["input: class dimension moved last"] if inputs.input.dim() > 2 else []
-
-
 CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_cross_entropy))
-CROSS_ENTROPY.register(
-    Backend("reference", fwd=_reference_cross_entropy_fwd, bwd=reference.cross_entropy_bwd, copies=_copies)
-)
+CROSS_ENTROPY.register(Backend("reference", fwd=_reference_cross_entropy_fwd, bwd=reference.cross_entropy_bwd))
 LINEAR_CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_linear_cross_entropy))
 LINEAR_CROSS_ENTROPY.register(
     Backend("reference", fwd=_reference_linear_cross_entropy_fwd, bwd=reference.linear_cross_entropy_bwd)
+)
+
+
+def _dtypes(inputs: Any) -> set[torch.dtype]:
+    return {x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def _cpu_reasons(inputs: Any) -> list[str]:
+    mixed = torch.float64 in _dtypes(inputs) and len(_dtypes(inputs)) > 1
+    return ["serves float64 only if all tensors are"] if mixed else []
+
+
+def _gpu_reasons(inputs: Any) -> list[str]:
+    return ["does not serve float64"] if torch.float64 in _dtypes(inputs) else []
+
+
+def _copies(inputs: CrossEntropyInputs) -> list[str]:
+    tensors = {"input": inputs.input, "target": inputs.target if inputs.target.is_floating_point() else None}
+    return rows.copies(1, **{name: None if x is None else kernels.classes_last(x) for name, x in tensors.items()})
+
+
+def register(
+    name: str,
+    load: Callable[[], kernels.Kernels],
+    *,
+    devices: Iterable[str],
+    dtypes: frozenset[torch.dtype],
+    reasons: Callable[[Any], list[str]],
+    available: Callable[[], str],
+) -> None:
+    """Registers a backend of both losses that is three functions of rows.
+
+    Args:
+        name, dtypes, reasons, available: as in `Backend`.
+        load: gives the functions.
+        devices: device types served.
+    """
+    functions: dict[Op, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        CROSS_ENTROPY: (kernels.fwd, kernels.bwd),
+        LINEAR_CROSS_ENTROPY: (kernels.linear_fwd, kernels.linear_bwd),
+    }
+    for op, (fwd, bwd) in functions.items():
+        op.register(
+            Backend(
+                name,
+                devices=frozenset(devices),
+                dtypes=dtypes,
+                reasons=reasons,
+                fwd=lambda *args, fwd=fwd: fwd(load(), *args),
+                bwd=lambda *args, bwd=bwd: bwd(load(), *args),
+                available=available,
+                copies=_copies if op is CROSS_ENTROPY else list,
+            )
+        )
+
+
+def register_cpu(name: str, launchers: Launchers) -> None:
+    """Registers a variant of the CPU kernels as a backend."""
+    register(
+        name,
+        functools.cache(lambda: launch.kernels(launchers)),
+        devices={"cpu"},
+        dtypes=FLOATS,
+        reasons=_cpu_reasons,
+        available=launchers.missing,
+    )
+
+
+def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None:
+    """Registers the CUDA kernels as a backend."""
+    register(
+        name,
+        functools.cache(lambda: launch.kernels(launchers)),
+        devices={device},
+        dtypes=FLOATS - {torch.float64},
+        reasons=_gpu_reasons,
+        available=launchers.missing,
+    )
+
+
+def _triton() -> kernels.Kernels:
+    from fastlm.ops.cross_entropy import triton
+
+    return triton.KERNELS
+
+
+register_cpu("cpu", CPU)
+register_cuda("cuda", CUDA)
+register(
+    "triton",
+    _triton,
+    devices=triton_devices(),
+    dtypes=FLOATS - {torch.float64},
+    reasons=_gpu_reasons,
+    available=triton_missing,
 )

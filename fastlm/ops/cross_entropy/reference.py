@@ -10,7 +10,8 @@ times the class weights (the target's weight in the first term, each class's in 
 Rows whose target is `ignore_index` give 0 and no gradient. The mean divides the first part by the sum of the targets'
 weights (by the number of rows for probabilities), the z part by the number of rows that are not ignored.
 
-Of each row are kept lse and sum(q); of the whole, for the mean, the two divisors. The last section is the same for
+Of each row are kept lse in two parts, the largest logit and the log of what is left, and sum(q); of the whole, for the
+mean, the two divisors. The last section is the same for
 `linear_cross_entropy`, whose loop over chunks of rows is in kernels.py.
 
 Source: Szegedy et al. 2015 (arXiv 1512.00567) for label smoothing; de Brébisson and Vincent 2016 (arXiv 1604.08859) for
@@ -52,17 +53,17 @@ def cross_entropy_fwd(
     softcap: float,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss in fp32 or fp64; lse and sum(q), (2, rows); the mean's divisors, (2,), else empty."""
+    """-> loss in fp32 or fp64; max, log and sum(q), (3, rows); the mean's divisors, (2,), else empty."""
     x = _capped(_class_rows(input), softcap)
     targets = _targets(_target_rows(target), weight, ignore_index, label_smoothing, x.dtype)
-    lse = torch.logsumexp(x, -1, keepdim=True)
-    losses, z = _row_losses(x, lse, targets, z_loss)
-    divisors = _divisors(targets) if reduction == "mean" else lse.new_empty(0)
+    top, log = _lse(x)
+    losses, z = _row_losses(x, top, log, targets, z_loss)
+    divisors = _divisors(targets) if reduction == "mean" else log.new_empty(0)
     if reduction == "none":
         loss = losses + z
     else:
         loss = losses.sum() / divisors[0] + z.sum() / divisors[1] if reduction == "mean" else (losses + z).sum()
-    return loss.reshape(_loss_shape(input, reduction)), torch.cat([lse, _mass(x, targets)], 1).T.clone(), divisors
+    return loss.reshape(_loss_shape(input, reduction)), torch.cat([top, log, _mass(x, targets)], 1).T.clone(), divisors
 
 
 def cross_entropy_bwd(
@@ -84,9 +85,9 @@ def cross_entropy_bwd(
     """-> gradient of input."""
     x = _capped(_class_rows(input), softcap)
     targets = _targets(_target_rows(target), weight, ignore_index, label_smoothing, x.dtype)
-    lse = torch.logsumexp(x, -1, keepdim=True) if stats is None else stats[0, :, None]
+    top, log = _lse(x) if stats is None else (stats[0, :, None], stats[1, :, None])
     upstream = _upstream(grad_loss.to(x.dtype), _divisors(targets) if reduction == "mean" else None)
-    grad = _logit_gradient(x, (x - lse).exp(), lse, targets, *upstream, z_loss, softcap)
+    grad = _logit_gradient(x, (x - top - log).exp(), top + log, targets, *upstream, z_loss, softcap)
     classes_last = grad.reshape(*_loss_shape(input, "none"), x.shape[-1])
     return classes_last.movedim(-1, _class_dim(input)).to(input.dtype)
 
@@ -104,17 +105,24 @@ def _targets(target: Tensor, weight: Tensor | None, ignore_index: int, smoothing
     return Targets(target, valid, row_weight, weight, smoothing)
 
 
-def _row_losses(x: Tensor, lse: Tensor, targets: Targets, z_loss: float) -> tuple[Tensor, Tensor]:
+def _lse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """lse in two parts, both (rows, 1): the largest element, which needs no gradient, and log(sum(exp(x - top)))."""
+    top = x.detach().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((len(x), 1))
+    top = torch.where(top.isinf(), 0.0, top)
+    return top, (x - top).exp().sum(-1, keepdim=True).log()
+
+
+def _row_losses(x: Tensor, top: Tensor, log: Tensor, targets: Targets, z_loss: float) -> tuple[Tensor, Tensor]:
     """Each row's cross-entropy and its z part, both (rows, 1)."""
     epsilon, weight = targets.label_smoothing, targets.weight
     if targets.rows.is_floating_point():
-        loss = ((lse - x) * _distribution(targets)).sum(-1, keepdim=True)
+        loss = ((top - x + log) * _distribution(targets)).sum(-1, keepdim=True)
     else:
-        loss = (lse - x.gather(1, targets.rows)) * targets.row_weight
+        loss = (top - x.gather(1, targets.rows) + log) * targets.row_weight
         if epsilon:
-            every = lse - x if weight is None else (lse - x) * weight
+            every = (top - x + log) * (1.0 if weight is None else weight)
             loss = (1 - epsilon) * loss + epsilon / max(1, x.shape[-1]) * every.sum(-1, keepdim=True)
-    z = z_loss * lse.square() if z_loss else torch.zeros_like(lse)
+    z = z_loss * (top + log).square() if z_loss else torch.zeros_like(log)
     return torch.where(targets.valid, loss, 0.0), torch.where(targets.valid, z, 0.0)
 
 
@@ -217,13 +225,13 @@ def _fwd(
     for block in _blocks(logits):
         targets = _targets(_target_rows(target[block]), weight, *options[:2], losses.dtype)
         x = _capped(_wide(logits[block]), options.softcap)
-        p = torch.softmax(x, -1)  # whose largest element is exp(max - lse)
-        lse = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-        loss, z = _row_losses(x, lse, targets, options.z_loss)
-        losses[block], stats[0, block], stats[1, block] = (loss + z)[:, 0], lse[:, 0], _mass(x, targets)[:, 0]
+        top, log = _lse(x)
+        loss, z = _row_losses(x, top, log, targets, options.z_loss)
+        losses[block], stats[:, block] = (loss + z)[:, 0], torch.cat([top, log, _mass(x, targets)], 1).T
         if divisors is not None:
             upstream = _upstream(losses.new_ones(()), divisors)
-            logits[block] = _logit_gradient(x, p, lse, targets, *upstream, options.z_loss, options.softcap)
+            p = (x - top - log).exp()
+            logits[block] = _logit_gradient(x, p, top + log, targets, *upstream, options.z_loss, options.softcap)
 
 
 def _sum(
@@ -241,7 +249,7 @@ def _sum(
         return None
     if divisors is None:
         return losses.sum()
-    z = torch.where(targets.valid[:, 0], options.z_loss * stats[0].square(), 0.0)
+    z = torch.where(targets.valid[:, 0], options.z_loss * (stats[0] + stats[1]).square(), 0.0)
     return (losses - z).sum() / divisors[0] + z.sum() / divisors[1]
 
 
@@ -257,9 +265,10 @@ def _bwd(
 ) -> None:
     for block in _blocks(logits):
         targets = _targets(_target_rows(target[block]), weight, *options[:2], stats.dtype)
-        x, lse = _capped(_wide(logits[block]), options.softcap), stats[0, block, None]
+        x, (top, log, _) = _capped(_wide(logits[block]), options.softcap), stats[:, block, None]
         upstream = _upstream(grad_loss[block] if len(grad_loss) > 1 else grad_loss, divisors)
-        grad[block] = _logit_gradient(x, (x - lse).exp(), lse, targets, *upstream, options.z_loss, options.softcap)
+        p = (x - top - log).exp()
+        grad[block] = _logit_gradient(x, p, top + log, targets, *upstream, options.z_loss, options.softcap)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

@@ -196,6 +196,10 @@ FASTLM_INLINE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const ui
 // ftz: subnormal numbers are zeros of their sign, going in and coming out.
 FASTLM_INLINE float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
+FASTLM_INLINE void device_assert(bool holds, const char* message, FASTLM_PLACE) {
+  if (!holds) emulator::fail(message, file, line);
+}
+
 FASTLM_INLINE float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
 
 }  // namespace fastlm
