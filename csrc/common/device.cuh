@@ -146,9 +146,12 @@ __device__ inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Stops the kernel, and the host's next call reports it, unless `holds`; in every build.
+// Unless `holds`, prints the message with block and thread, stops the kernel, and lets the host's next call fail; in
+// every build, for this is assert() without NDEBUG.
 __device__ inline void device_assert(bool holds, const char* message) {
-  if (!holds) __assertfail(message, "fastlm", 0, "", sizeof(char));
+#ifdef __CUDA_ARCH__  // the host's compiler does not know it under NDEBUG
+  if (!holds) __assert_fail(message, "fastlm", 0, "kernel");
+#endif
 }
 
 // 2^x, within 2 ulp.

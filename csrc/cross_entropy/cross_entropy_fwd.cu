@@ -15,7 +15,7 @@ namespace fastlm {
 namespace {
 
 template <typename T, bool kGeneral>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
     cross_entropy_fwd_kernel(const __grid_constant__ CrossEntropyFwdParams p) {
   FASTLM_SHARED(float, sums, [2][kMaxWarps]);
   FASTLM_SHARED(float, maxima, [2][kMaxWarps]);
@@ -38,12 +38,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       float x[kWidth];
       load_logits<kGeneral, kWidth>(p, logits + column, x);
       softmax.add(x);
-      if (!kGeneral || !spreads(p)) return;
+      if constexpr (kGeneral) {
+        if (!spreads(p)) return;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float q = target.spread(column + i);
-        spread += q;
-        dot += q * x[i];
+        for (int i = 0; i < kWidth; ++i) {
+          const float q = target.spread(column + i);
+          spread += q;
+          dot += q * x[i];
+        }
       }
     });
     const float top = row_max(softmax.top()), log = logf(row_sum(softmax.sum_below(top)));

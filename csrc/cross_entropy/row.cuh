@@ -89,9 +89,11 @@ FASTLM_HOST_DEVICE bool spreads(const Params& p) {
 template <bool kGeneral, int kWidth, typename T, typename Params>
 __device__ void load_logits(const Params& p, const T* logits, float (&x)[kWidth]) {
   load<kWidth>(logits, x);
-  const float cap = static_cast<float>(p.softcap);
+  if constexpr (kGeneral) {
+    const float cap = static_cast<float>(p.softcap);
 #pragma unroll
-  for (int i = 0; i < kWidth && kGeneral; ++i) x[i] = cap != 0.0f ? cap * tanhf(x[i] / cap) : x[i];
+    for (int i = 0; i < kWidth; ++i) x[i] = cap != 0.0f ? cap * tanhf(x[i] / cap) : x[i];
+  }
 }
 
 // What a row's gradient needs: the statistics, and the upstream gradient.

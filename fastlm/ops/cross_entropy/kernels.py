@@ -222,7 +222,8 @@ class _GradientSums:
         self.needed = any(self.needs_grad)
         self.dtype, self.device_type = wide_dtype(x), x.device.type
         self.input = x.new_empty(x.shape if self.needs_grad[0] else 0)
-        self.weight, self.product = x.new_empty(0), None
+        self.weight = x.new_empty(0)
+        self.product: Tensor | None = None
         self.bias = x.new_zeros(len(weight) if self.needs_grad[2] else 0, dtype=self.dtype)
 
     def add(self, chunk: slice, grad: Tensor) -> None:
@@ -281,7 +282,9 @@ def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[sl
 def _chunk_count(x: Tensor, classes: int) -> int:
     fitting = -(-len(x) * classes * x.element_size() // CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]))
     if x.is_cpu and x.dtype != wide_dtype(x):
-        return fitting  # adding up in fp32 what is multiplied in 16 bits costs a CPU more than the memory is worth
+        return max(
+            1, fitting
+        )  # adding up in fp32 what is multiplied in 16 bits costs a CPU more than the memory is worth
     return max(fitting, min(CHUNKS, max(2, len(x) // CHUNK_ROWS)))
 
 
