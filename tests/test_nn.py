@@ -155,3 +155,86 @@ def test_modules_take_the_place_of_torchs_in_a_model():
     x = torch.randn(3, 4)
     for one, two in zip(answers(twin, x), answers(model, x), strict=True):
         assert torch.equal(one, two)  # "auto" is torch's own op here
+
+
+# Losses -------------------------------------------------------------------------------------------------------------
+
+LOSSES = [{}, {"weight": torch.linspace(0.5, 1.5, 7), "ignore_index": 2}, {"reduction": "none", "label_smoothing": 0.2}]
+TARGET = torch.tensor([0, 6, 2, 3, 5])
+
+
+def loss_answers(module, x):
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    loss = module(x, TARGET)
+    loss.sum().backward()
+    return [loss, x.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", LOSSES)
+def test_cross_entropy_loss_is_torchs(options, backend):
+    x, ours, torchs = torch.randn(5, 7), fastlm.nn.CrossEntropyLoss(**options), torch.nn.CrossEntropyLoss(**options)
+    assert repr(ours) == repr(torchs)
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    with fastlm.use_backend(backend):
+        if not serves_here(F.cross_entropy, x, TARGET):
+            return
+        answers = loss_answers(ours, x)
+    exact = loss_answers(torchs.double(), x.double())
+    for our, true, near in zip(answers, exact, loss_answers(torchs.float(), x), strict=True):
+        assert_within_rule(our, near, true)
+
+
+def test_cross_entropy_loss_takes_torchs_arguments_by_position_and_ours_by_name():
+    with pytest.warns(UserWarning, match="deprecated"):
+        ours, torchs = (
+            kind(None, False, 3, None, "mean", 0.1) for kind in (fastlm.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
+        )
+    assert (ours.reduction, ours.ignore_index, ours.label_smoothing) == ("sum", 3, 0.1)
+    assert (torchs.reduction, torchs.ignore_index, torchs.label_smoothing) == ("sum", 3, 0.1)
+    x = torch.randn(5, 7)
+    options = {"z_loss": 0.1, "softcap": 2.0}
+    assert torch.equal(fastlm.nn.CrossEntropyLoss(**options)(x, TARGET), F.cross_entropy(x, TARGET, **options))
+    leaf = x.clone().requires_grad_()
+    logits = leaf * 1
+    fastlm.nn.CrossEntropyLoss(inplace_backward=True)(logits, TARGET).backward()
+    assert torch.equal(logits, leaf.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_features", [(), (3,)])
+@pytest.mark.parametrize("options", LOSSES)
+def test_linear_cross_entropy_loss_is_torchs(options, out_features, bias, backend):
+    modules = []
+    for kind in (fastlm.nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss):
+        torch.manual_seed(0)
+        modules.append(kind(6, 7, out_features=out_features, bias=bias, **options))
+    ours, torchs = modules
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), torchs.state_dict().values()))
+    x, target = torch.randn(5, 6), TARGET if not out_features else TARGET[:, None].expand(5, 3)
+
+    def answers(module, x):
+        x = x.clone().requires_grad_()
+        loss = module(x, target)
+        return [loss, *torch.autograd.grad(loss.sum(), [x, *module.parameters()])]
+
+    with fastlm.use_backend(backend):
+        if not serves_here(F.linear_cross_entropy, x, ours.linear.weight, TARGET):
+            return
+        results = answers(ours, x)
+    near = answers(torchs, x)
+    for our, close, true in zip(results, near, answers(torchs.double(), x.double()), strict=True):
+        assert_within_rule(our, close, true)
+
+
+def test_linear_cross_entropy_loss_takes_what_torchs_lacks_and_refuses_a_wrong_weight():
+    loss = fastlm.nn.LinearCrossEntropyLoss(6, 7, z_loss=0.1, softcap=2.0, recompute=True)
+    x = torch.randn(5, 6)
+    expected = F.linear_cross_entropy(x, loss.linear.weight, TARGET, z_loss=0.1, softcap=2.0)
+    assert torch.equal(loss(x, TARGET), expected)
+    assert "in_features=6, num_classes=7" in repr(loss)
+    with pytest.raises(RuntimeError, match=r"LinearCrossEntropyLoss: weight must have shape \(7,\)"):
+        fastlm.nn.LinearCrossEntropyLoss(6, 7, weight=torch.ones(6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
+from fastlm.ops.compiled import CPU, CUDA, Launchers, cuda_missing, triton_devices, triton_missing
 from fastlm.ops.cross_entropy import kernels, launch, reference
+from fastlm.ops.measured import fastest
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 
@@ -365,6 +367,23 @@ def _linear_composite(
     return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-2], False)
 
 
+CPU_BUILT = importlib.util.find_spec("fastlm._C") is not None  # a plain constant, for compilers
+
+
+def _first(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> str:
+    """On a GPU ours moves less memory; on a CPU measured.json says from which size on it is the faster."""
+    x = inputs.input
+    if x.is_cpu:
+        linear = isinstance(inputs, LinearCrossEntropyInputs)
+        return "cpu" if linear else "" if torch.compiler.is_compiling() else fastest("cross_entropy", x)
+    return "triton" if cuda_missing() else "cuda"
+
+
+def _key(inputs: CrossEntropyInputs) -> tuple[Any, ...]:
+    target, weight = inputs.target.dtype, None if inputs.weight is None else inputs.weight.dtype
+    return inputs.input.dtype, inputs.input.device.type, target, weight, not inputs.z_loss, not inputs.softcap
+
+
 CROSS_ENTROPY = Op(
     "cross_entropy",
     inputs=CrossEntropyInputs,
@@ -378,18 +397,21 @@ CROSS_ENTROPY = Op(
     result=_public_loss,
     composite=_composite,
     auto=("native", "reference"),
+    measured=_first,
+    key=_key,
     fusable=True,
     beyond_bwd=_beyond_bwd,
     in_place=True,
 )
 
 
-def _measured(inputs: LinearCrossEntropyInputs) -> str:
-    """On a CPU the chunks win in eager fp32. In bf16 their fp32 sums cost 5 to 9%, and a compiler makes torch's own
-    cross-entropy so fast that they cost 11% of a GPT step (benchmarks/bench_default.py)."""
+def _linear_first(inputs: LinearCrossEntropyInputs) -> str:
+    """Ours holds less memory. On a CPU without our kernels the chunks win in eager fp32 only: in 16 bits they cost 5 to
+    9%, and a compiler makes torch's own cross-entropy so fast that they cost 11% of a GPT step (bench_default.py)."""
     x = inputs.input
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return "native" if x.device.type == "cpu" and (narrow or torch.compiler.is_compiling()) else ""
+    if not x.is_cpu or CPU_BUILT:
+        return _first(inputs)
+    return "native" if x.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling() else ""
 
 
 LINEAR_CROSS_ENTROPY = Op(
@@ -408,7 +430,7 @@ LINEAR_CROSS_ENTROPY = Op(
     result=_public_loss,
     composite=_linear_composite,
     auto=("reference", "native"),  # torch's holds the logits in full
-    measured=_measured,
+    measured=_linear_first,
     fusable=False,
     beyond_bwd=_beyond_bwd,
     in_place=True,
@@ -456,8 +478,15 @@ def _reference_linear_cross_entropy_fwd(*args: Any) -> tuple[Tensor, ...]:
     return kernels.linear_fwd(reference.KERNELS, *args)
 
 
+def _copies(inputs: CrossEntropyInputs) -> list[str]:
+    tensors = {"input": inputs.input, "target": inputs.target if inputs.target.is_floating_point() else None}
+    return rows.copies(1, **{name: None if x is None else kernels.classes_last(x) for name, x in tensors.items()})
+
+
 CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_cross_entropy))
-CROSS_ENTROPY.register(Backend("reference", fwd=_reference_cross_entropy_fwd, bwd=reference.cross_entropy_bwd))
+CROSS_ENTROPY.register(
+    Backend("reference", fwd=_reference_cross_entropy_fwd, bwd=reference.cross_entropy_bwd, copies=_copies)
+)
 LINEAR_CROSS_ENTROPY.register(Backend("native", reasons=_native_reasons, call=_native_linear_cross_entropy))
 LINEAR_CROSS_ENTROPY.register(
     Backend("reference", fwd=_reference_linear_cross_entropy_fwd, bwd=reference.linear_cross_entropy_bwd)
@@ -475,11 +504,6 @@ def _cpu_reasons(inputs: Any) -> list[str]:
 
 def _gpu_reasons(inputs: Any) -> list[str]:
     return ["does not serve float64"] if torch.float64 in _dtypes(inputs) else []
-
-
-def _copies(inputs: CrossEntropyInputs) -> list[str]:
-    tensors = {"input": inputs.input, "target": inputs.target if inputs.target.is_floating_point() else None}
-    return rows.copies(1, **{name: None if x is None else kernels.classes_last(x) for name, x in tensors.items()})
 
 
 def register(
