@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
     T* logits = static_cast<T*>(p.logits) + p.rows.offset(row, p.logits_strides);
     const RowTarget<CrossEntropyFwdParams> target(p, row);
     float at_target[1] = {0.0f};  // read before the gradient takes its place
-    if (target.column >= 0) load_logits<kGeneral, 1>(p, logits + target.column, at_target);
+    if (target.column >= 0 && threadIdx.x == 0) load_logits<kGeneral, 1>(p, logits + target.column, at_target);
 
     OnlineSoftmax softmax;
     float dot = 0.0f, spread = 0.0f;

@@ -15,6 +15,7 @@ Source: Hsu et al. 2024 (arXiv 2410.10989); Wijmans et al. 2024 (arXiv 2411.0900
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -76,12 +77,9 @@ def fwd(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy: -> loss, stats, divisors (empty unless the mean's)."""
-    logits, target, options = (
-        classes_last(input),
-        _target_rows(target),
-        Options(ignore_index, label_smoothing, z_loss, softcap),
-    )
+    logits, options = classes_last(input), Options(ignore_index, label_smoothing, z_loss, softcap)
     shape, dtype, device = logits.shape[:-1], wide_dtype(input), input.device
+    target = _target_rows(target, logits.shape, weight)
     losses = torch.empty(shape, dtype=dtype, device=device)
     stats = torch.empty((3, losses.numel()), dtype=dtype, device=device)
     divisors = torch.empty(2 if reduction == "mean" else 0, dtype=dtype, device=device)
@@ -109,12 +107,13 @@ def bwd(
     in_place: bool,
 ) -> Tensor:
     """-> the gradient of input, in its place if that is allowed and asked for."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    logits = classes_last(input)
+    logits, options = classes_last(input), Options(ignore_index, label_smoothing, z_loss, softcap)
+    target = _target_rows(target, logits.shape, weight)
+    _check_statistics(input, logits.shape[:-1].numel(), grad_loss, stats, divisors, reduction)
     over = in_place and inplace_backward and rows.is_row_contiguous(logits, 1)
     grad = logits.detach() if over else torch.empty(logits.shape, dtype=input.dtype, device=input.device)
     upstream = grad_loss.to(stats.dtype).reshape(-1)
-    kernels.bwd(upstream, logits, _target_rows(target), weight, options, stats, _given(divisors), grad)
+    kernels.bwd(upstream, logits, target, weight, options, stats, _given(divisors), grad)
     return grad if input.dim() < 3 else grad.movedim(-1, 1)
 
 
@@ -137,7 +136,9 @@ def linear_fwd(
     (empty where not formed)."""
     x, dtype = _matrix(input), wide_dtype(input)
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    target = _linear_target(x, linear_weight, target)
+    target = _target_rows(
+        _matrix(target) if target.is_floating_point() else target, (len(x), len(linear_weight)), weight
+    )
     losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((3, len(x)), dtype=dtype)
     divisors = x.new_empty(2 if reduction == "mean" else 0, dtype=dtype)
     if reduction == "mean":
@@ -182,7 +183,10 @@ def linear_bwd(
         grads, factor = formed, grad_loss.to(stats.dtype) / divisor
     else:
         x, options = _matrix(input), Options(ignore_index, label_smoothing, z_loss, softcap)
-        target = _linear_target(x, linear_weight, target)
+        target = _target_rows(
+            _matrix(target) if target.is_floating_point() else target, (len(x), len(linear_weight)), weight
+        )
+        _check_statistics(input, len(x), grad_loss, stats, divisors, reduction)
         upstream = grad_loss.to(stats.dtype).reshape(-1)
         sums = _GradientSums(x, linear_weight, linear_bias, needs_grad)
         for chunk, logits in _chunks(x, linear_weight, linear_bias):
@@ -311,16 +315,32 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _target_rows(target: Tensor) -> Tensor:
-    return classes_last(target) if target.is_floating_point() else target.reshape(-1).long().contiguous()
+def _target_rows(target: Tensor, logits_shape: Sequence[int], weight: Tensor | None) -> Tensor:
+    """Class indices (rows,), or probabilities of the shape of the logits, whose classes are last."""
+    *outer, classes = logits_shape
+    if target.is_floating_point():
+        target = classes_last(target) if len(outer) != 1 else target
+        _check("target", target, logits_shape)
+    else:
+        target = target.reshape(-1).long().contiguous()
+        _check("target", target, (math.prod(outer),))
+    _check("weight", weight, (classes,))
+    return target
 
 
-def _linear_target(x: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
-    return (
-        target.reshape(len(x), len(linear_weight))
-        if target.is_floating_point()
-        else target.reshape(-1).long().contiguous()
-    )
+def _check_statistics(
+    input: Tensor, count: int, grad_loss: Tensor, stats: Tensor, divisors: Tensor, reduction: str
+) -> None:
+    _check("stats", stats, (3, count), wide_dtype(input))
+    _check("divisors", divisors, (2 if reduction == "mean" else 0,), wide_dtype(input))
+    _check("grad_loss", grad_loss.reshape(-1), (count if reduction == "none" else 1,))
+
+
+def _check(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Lest a kernel read past a tensor's end, should someone call `torch.ops.fastlm` with what does not fit."""
+    if x is not None and (x.shape != tuple(shape) or (dtype is not None and x.dtype != dtype)):
+        need = f"shape {tuple(shape)}" + ("" if dtype is None else f" and {dtype}")
+        raise ValueError(f"loss kernels: {name} must have {need}, got {tuple(x.shape)} and {x.dtype}")
 
 
 def _matrix(input: Tensor) -> Tensor:

@@ -262,6 +262,8 @@ class _Memory(TorchDispatchMode):
             known = {x.untyped_storage().data_ptr() for x in self.kept}
             if result.untyped_storage().data_ptr() not in known:
                 self.note(result, True, "empty" not in func.name())
+            elif func._schema.is_mutable or func.name() == "aten::detach":
+                self.note(result, True, True)  # torch has written to it; or a backend will, and takes what it was given
         return result
 
     def __enter__(self) -> Any:
@@ -446,7 +448,8 @@ def trace(function: Callable[[], Any]) -> Trace:
 
     def listen(memory: _Memory) -> None:
         kept.append(memory)
-        for begin, _, _, read, written in memory.checker.regions():
+        regions = {region[:2]: region for region in memory.checker.regions()}  # each tensor once
+        for begin, _, _, read, written in regions.values():
             moved[begin][0] += read
             moved[begin][1] += written
 

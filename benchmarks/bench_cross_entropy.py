@@ -1,0 +1,135 @@
+"""The losses: PyTorch eager, torch.compile, its chunked linear_cross_entropy and FastLM's backends, time and memory.
+
+Forward and backward. Memory is the peak beyond inputs and returned gradients. With --sizes small inputs, to find from
+which size on a backend is faster than PyTorch's own op: what fastlm/ops/measured.json records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as plain
+from bench_layer_norm import COMPILED, EAGER, NAMES, backends
+from harness import Comparison, compare, write_results
+from torch import Tensor
+
+import fastlm
+import fastlm.functional as F
+
+CHUNKED, IN_PLACE = "torch chunked", "in place"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = backends("cross_entropy", DEVICE)[0]
+
+
+class Logits(torch.autograd.Function):
+    """Logits that were computed, as a model's are, in no time: a backward may take their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
+def case(
+    shape: tuple[int, ...], dtype: torch.dtype, seconds: float, *, compiled: bool = True, number: int = 1
+) -> Comparison:
+    logits, anchor = torch.randn(shape, device=DEVICE).to(dtype), torch.ones((), requires_grad=True)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device=DEVICE)
+
+    def step(function: Callable[..., Tensor], logits: Tensor = logits, **options: Any) -> Callable[[], None]:
+        return lambda: function(Logits.apply(anchor, logits), target, **options).backward()
+
+    sides = {EAGER: step(plain.cross_entropy)}
+    if compiled:
+        torch.compiler.reset()
+        sides[COMPILED] = step(torch.compile(plain.cross_entropy, dynamic=False))
+    for name in backends("cross_entropy", DEVICE):
+        sides[name] = fastlm.use_backend(name)(step(F.cross_entropy))
+        place = f"{name} {IN_PLACE}"
+        sides[place] = fastlm.use_backend(name)(step(F.cross_entropy, logits.clone(), inplace_backward=True))
+    title = f"cross_entropy {'x'.join(map(str, shape))} {NAMES[dtype]}"
+    result = compare(title, sides, bytes=3 * logits.nbytes, seconds=seconds, memory=number == 1, number=number)
+    for side in result.memory:  # the gradient is returned, except that of whoever wrote it over the logits
+        result.memory[side] = max(0, result.memory[side] - (0 if IN_PLACE in side else logits.nbytes))
+    return result
+
+
+def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seconds: float) -> Comparison:
+    input = torch.randn(rows, features, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(classes, features, device=DEVICE) / features**0.5).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,), device=DEVICE)
+
+    def step(function: Callable[..., Tensor], **options: Any) -> Callable[[], None]:
+        def run() -> None:
+            input.grad = weight.grad = None
+            function(input, weight, target, **options).backward()
+
+        return run
+
+    def linear_then_loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return plain.cross_entropy(plain.linear(input, weight), target)
+
+    torch.compiler.reset()
+    sides = {EAGER: step(linear_then_loss), COMPILED: step(torch.compile(linear_then_loss, dynamic=False))}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        sides[CHUNKED] = step(plain.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    for name in backends("linear_cross_entropy", DEVICE):
+        sides[name] = fastlm.use_backend(name)(step(F.linear_cross_entropy))
+    title = f"linear_cross_entropy {rows}x{features}x{classes} {NAMES[dtype]}"
+    result = compare(title, sides, seconds=seconds, least=5, memory=True)
+    for side in result.memory:
+        result.memory[side] = max(0, result.memory[side] - input.nbytes - weight.nbytes)
+    return result
+
+
+def sizes(seconds: float) -> None:
+    shapes = [
+        (rows, classes) for classes in (2, 50, 1000, 50304) for rows in (8, 64, 512, 4096) if rows * classes < 2**22
+    ]
+    results = [
+        case(shape, dtype, seconds, compiled=False, number=10)
+        for dtype, shape in itertools.product((torch.float32, torch.bfloat16), shapes)
+    ]
+    title = "Cross-entropy of small inputs: from which size on a backend is faster than PyTorch's own op"
+    write_results("cross_entropy_sizes", title, results, [], lambda c: c.ratio(OURS, EAGER), f"{OURS} times as fast")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", action="store_true", help="small inputs instead")
+    parser.add_argument("--seconds", type=float, help="for each case; 6, of small inputs 0.3")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.sizes:
+        return sizes(arguments.seconds or 0.3)
+    seconds, results = arguments.seconds or 6.0, []
+    for dtype in (torch.float32, torch.bfloat16):
+        results += [case((rows, 50304), dtype, seconds) for rows in (512, 1024)]
+        results.append(case((8192, 1000), dtype, seconds))
+        results.append(case((8, 21, 128, 128), dtype, seconds))  # classes far apart in memory: copied
+        results += [linear_case(rows, 768, 50304, dtype, seconds) for rows in (512, 1024)]
+
+    def ratio(result: Comparison) -> float:
+        return result.ratio(OURS, *(set(result.times) & {EAGER, COMPILED, CHUNKED}))
+
+    def in_place(result: Comparison) -> str:
+        side = f"{OURS} {IN_PLACE}"
+        return f"{result.ratio(side, EAGER, COMPILED):.2f}" if side in result.times else ""
+
+    def peaks(result: Comparison) -> str:
+        return " / ".join(f"{peak / 2**20:.0f}" for peak in result.memory.values())
+
+    columns = [("in place", in_place), ("peak MiB beyond inputs and gradients, side by side", peaks)]
+    title = "The losses: PyTorch eager, torch.compile and FastLM, forward and backward"
+    write_results("cross_entropy", title, results, columns, ratio, f"{OURS} times as fast as the best of torch's")
+
+
+if __name__ == "__main__":
+    main()
