@@ -28,8 +28,9 @@ __global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
     const int64_t row = exists ? first + threadIdx.y : first;
     T* logits = static_cast<T*>(p.logits) + p.rows.offset(row, p.logits_strides);
     const RowTarget<CrossEntropyFwdParams> target(p, row);
-    float at_target[1] = {0.0f};  // read before the gradient takes its place
-    if (target.column >= 0 && threadIdx.x == 0) load_logits<kGeneral, 1>(p, logits + target.column, at_target);
+    float at_target[1] = {0.0f};
+    if (exists && target.column >= 0 && threadIdx.x == 0)
+      load_logits<kGeneral, 1>(p, logits + target.column, at_target);
 
     OnlineSoftmax softmax;
     float dot = 0.0f, spread = 0.0f;
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
       stats[2 * p.stats_stride] = mass;
     }
     if (p.divisors == nullptr) continue;
+    __syncwarp();  // rows of one warp meet at no barrier: the target's logit has been read
     const float* divisors = static_cast<const float*>(p.divisors);
     const RowGradient gradient = {top, log, mass, reciprocal(divisors), reciprocal(divisors + 1)};
     store_gradient<T, kGeneral>(p, target, gradient, logits, logits);

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ["tests/test_ops.py", "tests/test_layer_norm.py"]
-PATHS = [*OPS, "tests/test_layer_norm_cuda.py"]
+PATHS = [*OPS, "tests/test_layer_norm_cuda.py", "tests/test_cross_entropy_cuda.py"]
 RUNS = {
     "build=plain,schedule=random,seed=1,landing=eager,blocks=random": PATHS,
     "build=trace": PATHS,
