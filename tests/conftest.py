@@ -17,7 +17,8 @@ if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
 import proof.emulator  # registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
 
 from fastlm.ops import compiled, registry
-from fastlm.ops.layer_norm.op import register_cpu
+from fastlm.ops.cross_entropy import op as cross_entropy
+from fastlm.ops.layer_norm import op as layer_norm
 
 
 @functools.cache
@@ -57,7 +58,8 @@ elif torch.cuda.device_count() == 0:
 
 if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which this one runs too
     for target in list(compiled.extension().CPU_TARGETS)[:-1]:
-        register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
+        for op in (layer_norm, cross_entropy):
+            op.register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
 
 
 @pytest.fixture(autouse=True)
