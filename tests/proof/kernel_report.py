@@ -294,9 +294,7 @@ def compilations(module: str) -> list[tuple]:
     from triton.compiler import ASTSource
 
     found = importlib.import_module(module).compilations()
-    return [
-        (c.name, ASTSource(c.kernel, c.signature, c.constexprs, c.attrs), {"num_warps": c.num_warps}) for c in found
-    ]
+    return [(c.name, ASTSource(c.kernel, c.signature, c.constexprs, c.attrs), c.options) for c in found]
 
 
 def triton_jobs(pattern: str, arch: int, version: str) -> list[Job]:

@@ -28,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
+from fastlm.ops.cross_entropy import op as cross_entropy
+from fastlm.ops.cross_entropy.triton import KERNELS
 from fastlm.ops.layer_norm import op
 from fastlm.ops.layer_norm import triton as layer_norm
 from fastlm.ops.registry import FLOATS
@@ -114,5 +116,13 @@ op.register(
     devices={"cpu"},
     dtypes=FLOATS - {torch.float64},
     reasons=op._triton_reasons,
+    available=lambda: "",
+)
+cross_entropy.register(
+    "triton_ptx",
+    lambda: KERNELS,
+    devices={"cpu"},
+    dtypes=FLOATS - {torch.float64},
+    reasons=cross_entropy._gpu_reasons,
     available=lambda: "",
 )

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +39,7 @@ from torch import Tensor
 
 from fastlm.ops.philox import dropout_scale
 from fastlm.ops.rows import as_rows
+from fastlm.ops.triton_launch import Compilation, Launch, compilation, row_place, run
 
 Shape = Sequence[int]
 
@@ -52,17 +52,6 @@ def _tile(number, rows, ROWS: tl.constexpr):
     """Rows of a tile, [ROWS, 1] int64, and which of them exist."""
     row = tl.cast(number, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     return row, row < rows
-
-
-@triton.jit
-def _place(row, sizes, strides):
-    """Where rows begin, in elements; all in int64, for strides and offsets may pass 2^31."""
-    place = row % sizes[3] * strides[3]
-    row = row // sizes[3]
-    place += row % sizes[2] * strides[2]
-    row = row // sizes[2]
-    place += row % sizes[1] * strides[1]
-    return place + row // sizes[1] * strides[0]
 
 
 @triton.jit
@@ -179,9 +168,9 @@ def _fwd_kernel(
     RMS: tl.constexpr,
 ):
     row, exists = _tile(tl.program_id(0), rows, ROWS)
-    x += _place(row, sizes, x_strides)
+    x += row_place(row, sizes, x_strides)
     if residual is not None:
-        residual += _place(row, sizes, residual_strides)
+        residual += row_place(row, sizes, residual_strides)
         new_residual += row * COLS
     y += row * COLS
 
@@ -232,9 +221,9 @@ def _fwd_wide_kernel(
     RMS: tl.constexpr,
 ):
     row, exists = _tile(tl.program_id(0), rows, 1)
-    x += _place(row, sizes, x_strides)
+    x += row_place(row, sizes, x_strides)
     if residual is not None:
-        residual += _place(row, sizes, residual_strides)
+        residual += row_place(row, sizes, residual_strides)
         new_residual += row * COLS
     y += row * COLS
 
@@ -300,8 +289,8 @@ def _bwd_kernel(
     for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row, exists = _tile(tile, rows, ROWS)
         mean, rstd = _load_stats(stats, tile, rows, ROWS, RMS)
-        dy_row = dy + _place(row, sizes, dy_strides)
-        x_row = x + _place(row, sizes, x_strides)
+        dy_row = dy + row_place(row, sizes, dy_strides)
+        x_row = x + row_place(row, sizes, x_strides)
 
         columns, masks, gs, x_hats, new_dweights, new_dbiases = (), (), (), (), (), ()
         sum_g = tl.full([ROWS, SIZE], 0.0, tl.float32)
@@ -327,7 +316,7 @@ def _bwd_kernel(
             for n in tl.static_range(COUNT):
                 _store_grads(
                     rstd * (gs[n] - mean_g - x_hats[n] * mean_gx),
-                    None if dnew_residual is None else dnew_residual + _place(row, sizes, dnew_residual_strides),
+                    None if dnew_residual is None else dnew_residual + row_place(row, sizes, dnew_residual_strides),
                     None if dx is None else dx + row * COLS,
                     None if dresidual is None else dresidual + row * COLS,
                     row, n * SIZE, columns[n], masks[n], rng_state, threshold, scale, SIZE,
@@ -365,8 +354,8 @@ def _bwd_wide_kernel(
 ):
     row, exists = _tile(tl.program_id(0), rows, 1)
     mean, rstd = _load_stats(stats, tl.program_id(0), rows, 1, RMS)
-    dy += _place(row, sizes, dy_strides)
-    x += _place(row, sizes, x_strides)
+    dy += row_place(row, sizes, dy_strides)
+    x += row_place(row, sizes, x_strides)
     sum_g = tl.full([1, SIZE], 0.0, tl.float32)
     sum_gx = tl.full([1, SIZE], 0.0, tl.float32)
     for start in range(0, COLS, SIZE):
@@ -383,7 +372,7 @@ def _bwd_wide_kernel(
         _, g, x_hat = _upstream(dy, x, weight, mean, rstd, column, mask)
         _store_grads(
             rstd * (g - mean_g - x_hat * mean_gx),
-            None if dnew_residual is None else dnew_residual + _place(row, sizes, dnew_residual_strides),
+            None if dnew_residual is None else dnew_residual + row_place(row, sizes, dnew_residual_strides),
             None if dx is None else dx + row * COLS,
             None if dresidual is None else dresidual + row * COLS,
             row, start, column, mask, rng_state, threshold, scale, SIZE,
@@ -413,8 +402,8 @@ def _bwd_wide_parameters_kernel(
         row, exists = _tile(tile, rows, ROWS)
         mean, rstd = _load_stats(stats, tile, rows, ROWS, RMS)
         column, mask = _columns(tl.program_id(1) * SIZE, exists, SIZE, COLS, COLS % SIZE == 0)
-        dy_row = dy + _place(row, sizes, dy_strides)
-        x_row = x + _place(row, sizes, x_strides)
+        dy_row = dy + row_place(row, sizes, dy_strides)
+        x_row = x + row_place(row, sizes, x_strides)
         dy_tile, _, x_hat = _upstream(dy_row, x_row, None, mean, rstd, column, mask)
         sum_dweight += dy_tile * x_hat
         sum_dbias += dy_tile
@@ -461,15 +450,6 @@ def _sum_kernel(
 
 
 # Launches ---------------------------------------------------------------------------------------------------------
-
-
-class Launch(NamedTuple):
-    """One kernel launch; `args` by the kernel's own names, constants in capitals among them."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    num_warps: int
 
 
 WIDEST, WIDEST_BWD = 16384, 8192  # columns of a row that stays in registers
@@ -616,12 +596,6 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _run(launches: list[Launch], device: torch.device) -> None:
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        for kernel, grid, args, num_warps in launches:
-            kernel[grid](**args, num_warps=num_warps)
-
-
 # The contract of op.py's `register` ----------------------------------------------------------------------------------
 
 
@@ -640,7 +614,7 @@ def fwd(
     launches, outputs = _plan_fwd(
         rms, input, residual, normalized_shape, weight, bias, eps, dropout_p, rng_state
     )  # fmt: skip
-    _run(launches, input.device)
+    run(launches, input.device)
     return outputs
 
 
@@ -665,22 +639,11 @@ def bwd(
         rms, grad_output, grad_new_residual, normalized, weight, bias, stats, normalized_shape, dropout_p, rng_state,
         input_dtype, needs_grad,
     )  # fmt: skip
-    _run(launches, normalized.device)
+    run(launches, normalized.device)
     return grads
 
 
 # Compiling without a GPU ------------------------------------------------------------------------------------------
-
-
-class Compilation(NamedTuple):
-    """What Triton compiles for one launch, as its `ASTSource` takes it: constants and hints by path of argument."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, Any]
-    constexprs: dict[tuple[int, ...], Any]
-    attrs: dict[tuple[int, ...], list[list[Any]]]
-    num_warps: int
 
 
 def compilations() -> Iterator[Compilation]:
@@ -703,30 +666,4 @@ def compilations() -> Iterator[Compilation]:
             )  # fmt: skip
             op = "add_layer_norm" if added else "layer_norm"
             for launch in fwd + bwd:
-                yield _compilation(f"{op} {cols} {str(dtype).removeprefix('torch.')}", launch)
-
-
-def _compilation(name: str, launch: Launch) -> Compilation:
-    """Specialises arguments as Triton does when it launches: 1 is a constant, multiples of 16 are known to be that."""
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def kind(value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, tuple):
-            return tuple(kind(element, (*path, n)) for n, element in enumerate(value))
-        if value is None or (type(value) is int and value == 1):
-            constexprs[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
-            attrs[path] = [["tt.divisibility", 16]]
-        return triton.runtime.jit.mangle_type(value)
-
-    signature = {}
-    for n, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constexprs[n,] = "constexpr", value
-        else:
-            signature[parameter.name] = parameter.annotation_type or kind(value, (n,))
-    name = f"{name} {launch.kernel.__name__}"
-    return Compilation(name, launch.kernel, signature, constexprs, attrs, launch.num_warps)
+                yield compilation(f"{op} {cols} {str(dtype).removeprefix('torch.')}", launch)

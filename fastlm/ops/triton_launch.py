@@ -1,0 +1,81 @@
+"""What the Triton kernels of every op share: where rows begin, how a kernel is launched, what is compiled for it."""
+
+# mypy: allow-incomplete-defs
+# In kernels only constants are typed.
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def row_place(row, sizes, strides):
+    """Where rows begin, in elements; all in int64, for strides and offsets may pass 2^31."""
+    row = tl.cast(row, tl.int64)
+    place = row % sizes[3] * strides[3]
+    row = row // sizes[3]
+    place += row % sizes[2] * strides[2]
+    row = row // sizes[2]
+    place += row % sizes[1] * strides[1]
+    return place + row // sizes[1] * strides[0]
+
+
+class Launch(NamedTuple):
+    """One kernel launch; `args` by the kernel's own names, constants in capitals among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    options: dict[str, Any] = {}  # of the compiler  # noqa: RUF012
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        for kernel, grid, args, num_warps, options in launches:
+            kernel[grid](**args, num_warps=num_warps, **options)
+
+
+class Compilation(NamedTuple):
+    """What Triton compiles for one launch, as its `ASTSource` takes it: constants and hints by path of argument."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def compilation(name: str, launch: Launch) -> Compilation:
+    """Specialises arguments as Triton does when it launches: 1 is a constant, multiples of 16 are known to be that."""
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(element, (*path, n)) for n, element in enumerate(value))
+        if value is None or (type(value) is int and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            attrs[path] = [["tt.divisibility", 16]]
+        return triton.runtime.jit.mangle_type(value)
+
+    signature = {}
+    for n, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[n,] = "constexpr", value
+        else:
+            signature[parameter.name] = parameter.annotation_type or kind(value, (n,))
+    name = f"{name} {launch.kernel.__name__}"
+    return Compilation(
+        name, launch.kernel, signature, constexprs, attrs, {"num_warps": launch.num_warps} | launch.options
+    )
