@@ -25,7 +25,7 @@ EVERY = tuple(kernel_report.LIMITS)
 BUILT = (75, 80, 90, 100, 120)  # by setup.py; 86 and 89 run the code for 80
 PARTS = {
     "cuda": (EVERY if ALL else BUILT, ""),
-    "triton": (EVERY if ALL else (90, 100), "" if ALL else " (768|5120) "),
+    "triton": (EVERY if ALL else (90, 100), "" if ALL else r" (768|5120) |plain 50304"),
 }
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,7 @@ ANY = dict.fromkeys((1, 2, 4, 8), 1000)
 # CUDA: beside fp32 elements a thread takes four of a vector, so that the input, weight or bias in 16 bits is 8 bytes.
 # Triton: where a row is more than three pieces, backward has 4 elements of each in a thread: 8 bytes in 16 bits; seed
 # and offset are loaded for each piece; partial sums are stored in 8 bytes, once a program.
+# Cross-entropy: an index is 8 bytes, the target's logit one element; rows of CUDA's kernels end in single elements.
 BUDGETS = {
     r"layer_norm_fwd_kernel<(bf16|fp16), \1, 8>": Budget(64, 256, {8: 1, 4: 1}, {4: 2}),
     r"layer_norm_fwd_kernel<(bf16|fp16), fp32, 4>": Budget(64, 256, {8: 21, 4: 1}, {8: 4, 4: 2}),
@@ -108,12 +109,22 @@ BUDGETS = {
     r"(add_)?layer_norm 32768 \w+ _fwd_wide_kernel": Budget(64, 16384, {8: 2, 4: 2}, {4: 2}),
     r"(add_)?layer_norm 32768 \w+ _bwd_wide_kernel": Budget(64, 16384, {8: 1, 4: 3}, {}),
     r"(add_)?layer_norm 32768 \w+ _bwd_wide_parameters_kernel": Budget(72, 4096, {8: 2}, {}),
+    r"cross_entropy_(fwd|bwd)_kernel<.*, false>": Budget(48, 512, ANY, ANY),
+    r"cross_entropy_(fwd|bwd)_kernel<.*, true>": Budget(64, 512, ANY, ANY),
+    r"cross_entropy_sum_kernel": Budget(48, 256, ANY, ANY),
+    r"cross_entropy plain 50304 \w+ _fwd_kernel": Budget(40, 32, {8: 1, 4: 1, 2: 1}, {4: 8}),
+    r"cross_entropy plain 50304 \w+ with gradient _fwd_kernel": Budget(48, 32, {8: 1, 4: 2, 2: 1}, {4: 8}),
+    r"cross_entropy plain 50304 \w+ _bwd_kernel": Budget(40, 32, {8: 1, 4: 5}, {}),
+    r"cross_entropy (everything|probabilities) 50304 .*_(fwd|bwd)_kernel": Budget(80, 32, {8: 1, 4: 7, 2: 2}, {4: 8}),
+    r"cross_entropy plain 50257 .*_(fwd|bwd)_kernel": Budget(72, 32, ANY, ANY),
+    r"cross_entropy .* _sum_kernel": Budget(64, 256, {8: 4, 4: 16, 2: 4}, {4: 3}),
 }
 # Bytes stored to local memory; no other kernel stores any, and no CUDA one. From release 13 on, ptxas keeps to 64 or
 # 128 registers, a block more per multiprocessor, where that costs a spilled register or two.
 SPILLS = {
     ("add_layer_norm 32768 bfloat16 _bwd_wide_parameters_kernel", 100): 8,
     ("add_layer_norm 5120 bfloat16 _bwd_kernel", 120): 4,
+    ("cross_entropy probabilities 50304 float32 with gradient _fwd_kernel", 120): 8,
 }
 
 
@@ -160,8 +171,9 @@ def test_report_has_every_instantiation_that_csrc_registers(report):
     registered, defined = collections.Counter(), set()
     for path in (ROOT / "csrc").rglob("*.cu"):
         text = path.read_text()
-        for name, of_types in re.findall(r"^ +register_kernel\(.*\", (\w+)(<T, R)?", text, re.M):
-            registered[name] += pairs if of_types else 1
+        types = len(re.findall(r"^ +register_kernels<\w+>\(\);", text, re.M))
+        for name, of_types in re.findall(r"^ +register_kernel\(.*\", (\w+)(<T, R|<T)?", text, re.M):
+            registered[name] += {"<T, R": pairs, "<T": types, "": 1}[of_types]
         defined |= set(re.findall(r"__global__ void[^;{]*?(\w+)\(const", text))
     assert set(registered) == defined
     for architecture in PARTS["cuda"][0]:

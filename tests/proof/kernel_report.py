@@ -81,7 +81,7 @@ CLASSES = {
     "fp64": r"D(ADD|MUL|FMA|SETP|MNMX)\b",
     "fp16": r"H(ADD|MUL|FMA|MNMX|SETP?)2",
     "fp32": r"U?FH?(ADD|MUL|FMA|MNMX|SEL|SETP?|CHK)\d?\b",
-    "branch": r"BR|JM|CALL|RET|EXIT|BSSY|BSYNC|BMOV|YIELD|BPT",
+    "branch": r"BR|JM|CALL|RET|EXIT|BSSY|BSYNC|BMOV|YIELD|BPT|LEPC",
     "move": r"U?MOV|IMAD\.MOV|C?S2|R2|U?P2R|U?LDC|LDCU",
     "integer": r"U?(I|VI|LOP|SH|LEA|PRMT|SEL|POPC|FLO|BREV|BMSK|SGXT|PLOP)",
     "none": r"NOP",
