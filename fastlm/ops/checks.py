@@ -42,7 +42,7 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 
 def check_number(op: str, name: str, value: Any) -> Any:
     """A number of Python's, numpy's or a compiler's, as torch's schemas take it."""
-    if isinstance(value, (float, torch.SymInt, torch.SymFloat)):
+    if type(value) is float or isinstance(value, (float, torch.SymInt, torch.SymFloat)):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {value if value is None else type(value).__name__}")
@@ -64,7 +64,7 @@ def check_probability(op: str, name: str, value: Any, error: type[Exception] = V
 
 
 def check_integer(op: str, name: str, value: Any) -> Any:
-    if isinstance(value, torch.SymInt):
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an int, got {value if value is None else type(value).__name__}")

@@ -221,6 +221,15 @@ def _check(
 ) -> Tensor:
     """Checks tensors for logits of this shape, in the dtype and on the device of `input`; returns the target."""
     check_tensor(op, "target", target)
+    if (
+        weight is None
+        and len(shape) == 2
+        and input.is_floating_point()
+        and target.dtype is torch.int64
+        and target.shape == shape[:1]
+        and target.device == input.device
+    ):
+        return target  # the usual call, about which there is nothing to say
     if not input.is_floating_point():
         raise NotImplementedError(f"{op}: input must be floating point, got {input.dtype}")
     if target.device != input.device:
@@ -351,7 +360,7 @@ def _public_loss(outputs: tuple[Tensor, ...], inputs: Any) -> Tensor:
 
 
 def _beyond_bwd(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> list[str]:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not inputs.target.is_floating_point():  # with indices weight must not need one
         return []
     wanted = {"target": inputs.target, "weight": inputs.weight}
     return [f"gives no gradient of {name}" for name, x in wanted.items() if x is not None and x.requires_grad]
@@ -380,8 +389,9 @@ def _first(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> str:
 
 
 def _key(inputs: CrossEntropyInputs) -> tuple[Any, ...]:
-    target, weight = inputs.target.dtype, None if inputs.weight is None else inputs.weight.dtype
-    return inputs.input.dtype, inputs.input.device.type, target, weight, not inputs.z_loss, not inputs.softcap
+    weight = None if inputs.weight is None else inputs.weight.dtype
+    input, target = inputs.input, inputs.target
+    return input.device, input.dtype, target.dtype, weight, not inputs.z_loss, not inputs.softcap
 
 
 CROSS_ENTROPY = Op(
