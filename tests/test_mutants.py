@@ -167,10 +167,28 @@ def test_what_is_listed_exists_and_has_a_reason():
     assert all(len(reason) > 20 for reason in known.values())
 
 
+def test_a_headers_mutants_go_from_op_to_op_until_one_kills_them(monkeypatch):
+    judged = []
+
+    def judge_all(op, chosen, jobs, known):
+        judged.append((op, chosen))
+        killed = {"layer_norm": {header[0], kernel}, "cross_entropy": {header[1]}}[op]
+        return [Verdict(m, "killed" if m in killed else "survived", op, 1.0) for m in chosen]
+
+    kernel = mutants.all_mutants("layer_norm")[0]
+    header = [m for m in mutants.all_mutants("cross_entropy") if m.file == "common/reduce.cuh"][:3]
+    monkeypatch.setattr(mutants, "judge_all", judge_all)
+    verdicts = mutants.judge_in_turn(["layer_norm", "cross_entropy"], [kernel, *header], 1, set())
+    assert judged == [("layer_norm", [kernel, *header]), ("cross_entropy", header[1:])]
+    assert [verdict.status for verdict in verdicts] == ["killed", "killed", "killed", "survived"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("op", mutants.SUITES)
 @pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulator: {emulator.missing()}")
-def test_a_sample_of_mutants_is_killed(tmp_path):
-    command = [sys.executable, mutants.__file__, "--file", "norm_fwd", "--sample", "10", "--seed", "3", "--jobs", "1"]
+def test_a_sample_of_mutants_is_killed(op):
+    options = ["--op", op, "--file", f"{op}_fwd", "--sample", "8", "--seed", "3", "--jobs", "1"]
+    command = [sys.executable, mutants.__file__, *options]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"layer_norm: 10 of 10, \d+ killed, \d+ timed out, 0 does not compile, 0 survived", done.stderr)
+    assert re.search(rf"{op}: 8 of 8, \d+ killed, \d+ timed out, 0 does not compile, \d+ survived", done.stderr)

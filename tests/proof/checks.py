@@ -6,12 +6,14 @@ process that runs the checks may be forked from one that has made them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cases
+import hostile
 import torch
 from errors import assert_within_rule
 from proof import emulator
@@ -19,6 +21,9 @@ from torch import Tensor
 
 import fastlm
 import fastlm.functional as F
+from fastlm.ops.compiled import Launchers
+from fastlm.ops.cross_entropy import launch, reference
+from fastlm.ops.cross_entropy.kernels import Kernels, Options
 from fastlm.ops.philox import keep_mask
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -274,3 +279,336 @@ def refused_launches() -> None:
             if (t, r) not in allowed:
                 assert "do not go together" in launch(direction, t, r, 1), f"{direction} of {t} and {r}"
     assert launch("bwd", "float32", "float32", 0) != "nothing", "a launch that failed is not told of"
+
+
+# The losses -------------------------------------------------------------------------------------------------------
+
+
+def classes_last(x: Tensor) -> Tensor:
+    """(N, C, d1, ...) that lies as (N, d1, ..., C)."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def positions_reversed(x: Tensor) -> Tensor:
+    """The same, with all dimensions before C in reverse order in memory, so that no two of them fold."""
+    return outer_reversed(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def cross_entropy_checks() -> list[Check]:
+    """Of the losses: each path through the kernels at its limits, then what the shared tests call."""
+    orders, checks = itertools.cycle(ORDERS), []
+
+    def limit(
+        shape: tuple[int, ...],
+        dtype: torch.dtype = FP32,
+        op: str = "cross_entropy",
+        *,
+        ignored: Sequence[int] = (),
+        weight: bool = False,
+        probabilities: torch.dtype | None = None,
+        change: Callable[[dict[str, Tensor]], object] | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
+        placed: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        """Logits of this shape, of which some rows are ignored; `change` may set some of them."""
+        classes, rows = shape[1], (shape[0], *shape[2:])
+        name = "x".join(map(str, shape)) + " weight" * weight + f" ignored {ignored}" * bool(ignored)
+        name += "".join(f" {each} {value}" for each, value in options.items())
+        name += f" {probabilities} probabilities" * bool(probabilities)
+        name += "".join(f" {each.__name__}" for each in (change, place) if each)
+
+        def tensors(generator: torch.Generator) -> dict[str, Tensor]:
+            random = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+            made = {"input": 2 * random(shape)}
+            if op == "linear_cross_entropy":
+                made = {"input": random(shape[0], 3), "linear_weight": random(classes, 3)}
+            made["target"] = torch.randint(0, classes, rows, generator=generator)
+            made["target"].view(-1)[list(ignored)] = options.get("ignore_index", -100)
+            if probabilities:
+                made["target"] = random(shape).softmax(1)
+            if weight:
+                made["weight"] = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.1
+            if change:
+                change(made)
+            return made
+
+        own = {"target": probabilities} if probabilities else {}
+        case = cases.Case(op, name, tensors, options, dtypes=own)
+        builds = ("plain", "trace") if torch.Size(shape).numel() < 1500 else ("plain",)
+        checks.append(values(case, dtype, next(orders), builds, place, placed))
+
+    everything: dict[str, Any] = {"weight": True, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0}
+    for classes in (1, 2, 3, 7, 31, 33):  # a warp to a row, eight to a block; nearly all rows begin out of place
+        limit((9, classes))
+        limit((9, classes), BF16, **everything)
+        limit((9, classes), FP16, "linear_cross_entropy", ignored=[8], **everything)
+    for classes, dtype in ((512, FP32), (513, BF16), (515, FP16), (1000, FP32), (1000, BF16)):
+        limit((5, classes), dtype, ignored=[1])
+        limit((5, classes), dtype, "linear_cross_entropy", ignored=[1], z_loss=0.1)
+    for classes, dtype in ((4100, FP32), (8191, BF16), (8192, FP16), (8200, FP32), (10007, BF16), (17000, BF16)):
+        limit((1, classes), dtype)
+        limit((1, classes), dtype, "linear_cross_entropy", **everything)
+    limit((3, 513), **everything)
+    limit((9, 20), weight=True, z_loss=1.0)
+    limit((2, 8193), probabilities=FP32, reduction="none", label_smoothing=0.1)
+    for ignored in ([0], [8], [0, 3, 8], range(8), range(9)):
+        for reduction in ("none", "sum", "mean"):
+            limit((9, 20), ignored=ignored, reduction=reduction, weight=True, z_loss=0.1, label_smoothing=0.1)
+        limit((9, 20), ignored=ignored)
+        limit((9, 20), FP16, "linear_cross_entropy", ignored=ignored, weight=True, z_loss=0.1)
+    limit((9, 20), ignored=[2, 3], ignore_index=4, weight=True, z_loss=0.1)
+    limit((9, 20), ignored=[2, 3], ignore_index=0, label_smoothing=0.3)
+    limit((1100, 3), ignored=[5, 700], weight=True, z_loss=0.1)  # more rows than the threads that sum them
+    for softcap in (0.0, 3.0):  # what is general, one after another
+        limit((9, 20), softcap=softcap)
+        limit((9, 20), softcap=softcap, weight=True)
+        limit((9, 20), softcap=softcap, label_smoothing=0.2)
+        limit((9, 20), softcap=softcap, label_smoothing=0.2, weight=True)
+        for dtype, probabilities in itertools.product((FP32, BF16), (FP32, BF16, FP16)):
+            limit((9, 20), dtype, probabilities=probabilities, softcap=softcap)
+            limit((9, 20), dtype, probabilities=probabilities, softcap=softcap, label_smoothing=0.2, weight=True)
+    for dtype in (FP32, BF16, FP16):
+        for place in (shifted, shifted_by_two, ragged):
+            for options in ({}, {"probabilities": BF16, "weight": True, "z_loss": 0.1}):
+                limit((9, 40), dtype, place=place, placed=["input"], **options)
+        limit((9, 40), dtype, place=ragged, placed=["target"], probabilities=FP32)
+    for classes in (1, 2, 3):
+        limit((5, classes), BF16, place=shifted, placed=["input"])
+    for shape in ((3, 12, 2), (2, 12, 3, 4, 3), (2, 12, 3, 3), (2, 8, 2, 3, 6), (2, 8, 2, 1, 3), (2, 8, 3, 2, 2, 3)):
+        limit(shape, place=positions_reversed, placed=["input"], weight=True, z_loss=0.1)
+        limit(shape, place=positions_reversed, placed=["input", "grad_0"], reduction="none")
+        limit(shape, place=positions_reversed, placed=["target"], probabilities=FP32)
+
+    def huge(made: dict[str, Tensor]) -> None:
+        made["input"] *= 1e30
+
+    def nearly_all_excluded(made: dict[str, Tensor]) -> None:
+        made["input"].fill_(-torch.inf)[:, 3] = 1.0
+        made["target"].fill_(3)
+
+    def excluded(made: dict[str, Tensor]) -> None:
+        made["input"][:, ::3] = -torch.inf
+        made["target"].fill_(1)
+
+    def all_excluded(made: dict[str, Tensor]) -> None:
+        made["input"][1] = -torch.inf
+
+    def infinite(made: dict[str, Tensor]) -> None:
+        made["input"][1, 5] = torch.inf
+
+    def not_a_number(made: dict[str, Tensor]) -> None:
+        made["input"][1, 5] = torch.nan
+
+    def infinite_weight(made: dict[str, Tensor]) -> None:
+        made["target"].fill_(1)
+        made["weight"][2] = torch.inf
+
+    def last_class(made: dict[str, Tensor]) -> None:
+        made["target"].fill_(made["input"].shape[1] - 1)
+
+    def first_class(made: dict[str, Tensor]) -> None:
+        made["target"].fill_(0)
+
+    def weightless_targets(made: dict[str, Tensor]) -> None:
+        made["target"].fill_(1)
+        made["weight"][1] = 0.0
+
+    for classes in (20, 600):
+        for change in (huge, excluded, nearly_all_excluded, all_excluded, infinite, not_a_number):
+            limit((3, classes), change=change, reduction="none")
+            limit((3, classes), change=change, softcap=2.0)
+    for change in (first_class, last_class):
+        limit((9, 20), change=change, weight=True)
+    limit((3, 20), change=infinite_weight, weight=True, softcap=3.0)
+    limit((3, 20), change=weightless_targets, weight=True, label_smoothing=0.2, reduction="sum")
+    checks += [
+        Check("loss of targets without weight", loss_without_weight, ORDERS[0]),
+        Check("probabilities are not ignored", probabilities_are_not_ignored, ORDERS[0]),
+        Check("targets out of range", targets_out_of_range, ORDERS[0]),
+        Check("loss launchers", refused_losses, ORDERS[0]),
+        *(logits_traffic(9, classes, dtype) for classes in (40, 515) for dtype in (FP32, BF16)),
+        *(logits_traffic(2, 8200, dtype) for dtype in (FP32, BF16)),
+    ]
+    places = (hostile.contiguous, shifted, shifted_by_two, ragged, far_rows, outer_reversed)
+    for logits_place, grad_place in itertools.product(places, places):
+        for dtype in (FP32, BF16) if hostile.contiguous in (logits_place, grad_place) else (FP32,):
+            checks.append(gradient_placed(logits_place, grad_place, dtype, next(orders)))
+    checks.append(gradient_placed(hostile.far_apart, hostile.far_apart, BF16, next(orders)))
+    for place in (classes_last, positions_reversed, hostile.contiguous):
+        checks += [gradient_over_logits(place, reduction, next(orders)) for reduction in ("none", "mean")]
+
+    slow = ("odd and wide", "wider than every tile")
+    for case in cases.CASES:
+        if "cross_entropy" in case.op and case.name not in slow and (not case.far or case.name == "strides past 2^31"):
+            for dtype in (BF16,) if case.far else (FP32, BF16):
+                checks.append(values(case, dtype, next(orders)))
+    return [check for check in checks if check is not None]
+
+
+def row_functions() -> Kernels:
+    """Those of rows of logits that the launchers of the emulator are behind."""
+    return launch.kernels(Launchers("", lambda _: (0, 0), emulator.missing, emulator._Module))
+
+
+def gradient_placed(
+    logits_place: Callable[[Tensor], Tensor],
+    grad_place: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    order: dict[str, str],
+) -> Check:
+    """A gradient that lies otherwise than its logits."""
+    target, grad_loss = torch.tensor([0, 11, -100, 3, 5, 5, -100, 1, 2, 3, 4, 0]), normal(12)
+    x, options, divisors = normal(3, 2, 2, 12).to(dtype), Options(-100, 0.0, 0.1, 0.0), torch.tensor([7.0, 9.0])
+
+    def expected(wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        flat, losses, stats = x.view(12, 12).to(wide), torch.empty(12, dtype=wide), torch.empty(3, 12, dtype=wide)
+        reference.KERNELS.fwd(flat, target, None, options, losses, stats, None)
+        grad = torch.empty_like(flat)
+        reference.KERNELS.bwd(grad_loss.to(wide), flat, target, None, options, stats, divisors.to(wide), grad)
+        return grad, stats
+
+    (rounded, stats), (exact, _) = expected(FP32), expected(torch.float64)
+    logits, grad = logits_place(x), grad_place(x)
+
+    def run() -> None:
+        grad.fill_(torch.nan)
+        row_functions().bwd(grad_loss, logits, target, None, options, stats, divisors, grad)
+        assert_within_rule(grad.reshape(12, 12), rounded.to(dtype), exact)
+
+    return Check(f"gradient {grad_place.__name__}, logits {logits_place.__name__} {dtype}", run, order)
+
+
+def gradient_over_logits(place: Callable[[Tensor], Tensor], reduction: str, order: dict[str, str]) -> Check:
+    """inplace_backward, through whatever layout."""
+    x, target = normal(2, 12, 3, 2), torch.arange(12).view(2, 3, 2)
+    target[0, 0, 0] = target[-1, -1, -1] = -100
+    upstream = normal(*target.shape) if reduction == "none" else torch.tensor(3.0)
+
+    def gradient(leaf: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        logits = place(leaf)
+        loss = F.cross_entropy(logits, target, reduction=reduction, z_loss=0.1, **options)
+        return torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))[0], logits
+
+    with fastlm.use_backend("reference"):
+        expected, exact = (gradient(x.to(dtype).requires_grad_())[0] for dtype in (FP32, torch.float64))
+
+    def run() -> None:
+        with fastlm.use_backend("emulator"):
+            ours, logits = gradient(x.clone().requires_grad_(), inplace_backward=True)
+        assert_within_rule(ours, expected, exact)
+        assert torch.equal(logits, ours), "the gradient is not where the logits were"
+
+    return Check(f"gradient over logits, {place.__name__} {reduction}", run, order, ("plain", "trace"))
+
+
+def loss_without_weight() -> None:
+    """Where no target that counts has a weight, or none counts, there is no gradient but the z part's."""
+    x, weight = normal(3, 20), torch.ones(20)
+    weight[1] = 0.0
+    for target, z_loss in itertools.product((torch.full((3,), 1), torch.full((3,), -100)), (0.0, 0.1)):
+        grads = []
+        for backend, dtype in (("emulator", FP32), ("reference", FP32), ("reference", torch.float64)):
+            leaf = x.to(dtype).requires_grad_()
+            with fastlm.use_backend(backend):
+                loss = F.cross_entropy(leaf, target, weight.to(dtype), z_loss=z_loss)
+                grads.append(torch.autograd.grad(loss, leaf)[0])
+            assert loss.isnan()
+        assert_within_rule(*grads)
+    weight[2] = 2.0
+    leaf = x.clone().requires_grad_()
+    with fastlm.use_backend("emulator"):
+        loss = F.cross_entropy(leaf, torch.full((3,), 1), weight, label_smoothing=0.5)
+    assert loss == torch.inf, f"the smoothed part, over no weight, is {loss}"
+
+
+def probabilities_are_not_ignored() -> None:
+    """Whatever ignore_index says, for they are no indices."""
+    divisors, losses, options = torch.zeros(2), torch.tensor([1.0, 2.0, 3.0]), Options(0, 0.0, 0.0, 0.0)
+    loss = row_functions().sum(normal(3, 5), None, options, losses, torch.zeros(3, 3), divisors)
+    assert loss == 2.0, f"the mean is {loss}"
+    assert divisors.tolist() == [3.0, 3.0]
+
+
+def targets_out_of_range() -> None:
+    """The first class that is none, on either side: told of by each kernel."""
+    x, weight, options = normal(2, 5), torch.ones(5), Options(-100, 0.0, 0.0, 0.0)
+    rows, losses, stats, divisors = row_functions(), torch.zeros(2), torch.zeros(3, 2), torch.zeros(2)
+
+    def message(error: type[Exception], function: Callable[..., Any], *args: Any) -> str:
+        try:
+            function(*args)
+        except error as raised:
+            return str(raised)
+        return "nothing"
+
+    for target, told in ((0, False), (4, False), (-100, False), (-1, True), (5, True), (2**32, True)):
+        target = torch.tensor([2, target])
+        for weighted in (None, weight):
+            for divided in (None, divisors):
+                given = (target, weighted, options, losses, stats, divided)
+                fwd = message(IndexError, rows.fwd, x.clone(), *given)
+                assert ("target must be in [0, 5)" in fwd) == told, f"forward of {target}: {fwd}"
+            bwd = (torch.ones(1), x, target, weighted, options, torch.zeros(3, 2), None, torch.zeros(2, 5))
+            bwd = message(RuntimeError, rows.bwd, *bwd)
+            assert ("target must be a class" in bwd) == told, f"backward of {target}: {bwd}"
+        total = message(IndexError, rows.sum, target, weight, options, None, None, divisors)
+        assert ("target must be in [0, 5)" in total) == told, f"sum of {target}: {total}"
+
+
+def logits_traffic(rows: int, classes: int, dtype: torch.dtype) -> Check:
+    """Logits that are not ignored are read once in each direction and their gradients written once, 16 bytes at a time
+    but for the ends of rows; by one warp for 512 classes, at most 16, in blocks of eight or of one row's."""
+    x, target = normal(rows, classes).to(dtype), torch.arange(rows)
+    target[1] = -100
+    counted, aligned = (rows - 1) * classes * x.itemsize, classes * x.itemsize % 16 == 0
+    ends = 0 if aligned else rows * 2 * (16 - x.itemsize)
+    warps = min(16, -(-classes // 512))
+    threads = -(-rows // (8 // warps or 1)) * (8 // warps or 1) * warps * 32
+
+    def run() -> None:
+        leaf = x.clone().requires_grad_()
+        with fastlm.use_backend("emulator"):
+            fwd = emulator.trace(lambda: F.cross_entropy(leaf, target, reduction="sum"))
+            bwd = emulator.trace(lambda: torch.autograd.grad(fwd.result, leaf)[0])
+        assert fwd.bytes_read(leaf) == counted + (rows - 1) * x.itemsize, "logits, and once more those of the targets"
+        assert bwd.bytes_read(leaf) == counted
+        assert bwd.bytes_written(bwd.result) == x.nbytes
+        for trace, most, between in ((fwd, counted, ends), (bwd, counted + x.nbytes, 2 * ends)):
+            lines = [line for line in trace.lines if "_sum" not in line.kernel]
+            wide = sum(line.bytes for line in lines if line.width == 16)
+            assert most - between <= wide <= most, f"{wide} of {most} bytes in vectors"
+            assert all("indices" in line.kernel for line in lines)
+        targets = sum(line.bytes for line in fwd.lines if line.width == 8 and "_fwd" in line.kernel)
+        assert targets == 8 * threads, f"{targets // 8} threads read a target where {threads} have one"
+
+    return Check(f"cross_entropy-{rows}x{classes} {dtype} traffic", run, ORDERS[0], ("trace",))
+
+
+def refused_losses() -> None:
+    """Logits in a dtype that is not served, and more classes than an int counts, are told of."""
+    module = emulator._configured()
+    codes, ignored, zeros = module.DTYPES, torch.tensor([-100]), torch.zeros(8)
+
+    def launch(direction: str, dtype: str, classes: int) -> str:
+        x, target, losses, stats = (each.data_ptr() for each in (zeros, ignored, zeros[4:], zeros[5:]))
+        options = (-100, 0.0, 0.0, 0.0, False, codes[dtype], 0, 0, 0, 0)
+        try:
+            if direction == "fwd":
+                module.cross_entropy_fwd(x, target, 0, 0, losses, stats, 1, classes, 0, classes, 1, *options)
+            else:
+                strides = (classes, 0, classes)
+                module.cross_entropy_bwd(losses, x, target, 0, 0, stats, x, 1, *strides, classes, 1, False, *options)
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+    most = 2**31 - 2**16
+    for direction in ("fwd", "bwd"):
+        assert "dtype" in launch(direction, "float64", 4), direction
+        assert "too many classes" in launch(direction, "float32", most + 1), direction
+    assert launch("fwd", "float32", most) == "nothing"

@@ -5,10 +5,11 @@
 A mutant is one change of a source by one operator: a barrier removed, a comparison moved by one, a condition forced, a
 factor dropped (OPERATORS has them all). Sources are read as tokens, of code formatted by clang-format: an operator of
 two operands has a blank on either side, a template's bracket has not. Mutants are compiled for the emulator in a copy
-of csrc: those whose expressions do not overlap together, each behind a number that is chosen when it runs, and those
-of constants alone. The op's checks (checks.py) run until one fails, each mutant in a process of its own; what passes
-them all runs in the trace build too. A mutant that survives must be listed in equivalent_mutants.toml with the reason
-why it changes nothing, by its text; what is listed must exist, and must survive.
+of csrc: those whose expressions do not overlap together, each behind a number that is chosen when it runs, and those of
+constants alone. The op's checks (checks.py) run until one fails, each mutant in a process of its own; what passes them
+all runs in the trace build too; a header's mutants that survive go on to the checks of the next op that includes it. A
+mutant that survives must be listed in equivalent_mutants.toml with the reason why it changes nothing, by its text; what
+is listed must exist, and must survive.
 
 `pattern` is a regular expression for a mutant's text, as it is printed. New op: one more entry in SUITES.
 """
@@ -427,6 +428,14 @@ SUITES = {
         ),
         checks=checks.norm_checks,
     ),
+    "cross_entropy": Suite(
+        kernels=("cross_entropy/cross_entropy_fwd.cu", "cross_entropy/cross_entropy_bwd.cu"),
+        headers=(
+            "cross_entropy/row.cuh",
+            *(f"common/{name}" for name in ("online_softmax.cuh", "row_tile.cuh", "reduce.cuh", "vec.cuh", "rows.h")),
+        ),
+        checks=checks.cross_entropy_checks,
+    ),
 }
 
 
@@ -649,6 +658,7 @@ def _work(group: list[Mutant]) -> list[Verdict]:
 
 
 def judge_all(op: str, mutants: list[Mutant], jobs: int, known: set[str]) -> list[Verdict]:
+    torch.set_num_threads(1)  # those of OpenMP would be missing after a fork
     checks, verdicts, shown = SUITES[op].checks(), [], 0.0
     build_of("plain")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, (op, checks, known)) as pool:
@@ -663,6 +673,16 @@ def judge_all(op: str, mutants: list[Mutant], jobs: int, known: set[str]) -> lis
                 print(line, end="\r" if sys.stderr.isatty() and len(verdicts) < len(mutants) else "\n", file=sys.stderr)
     order = {mutant: n for n, mutant in enumerate(mutants)}
     return sorted(verdicts, key=lambda verdict: order[verdict.mutant])
+
+
+def judge_in_turn(ops: Sequence[str], mutants: list[Mutant], jobs: int, known: set[str]) -> list[Verdict]:
+    """Of a header that several ops include, what survives the checks of one goes on to the next."""
+    verdicts: dict[Mutant, Verdict] = {}
+    for op in ops:
+        files = SUITES[op].kernels + SUITES[op].headers
+        left = [m for m in mutants if m.file in files and (m not in verdicts or verdicts[m].status == "survived")]
+        verdicts |= {verdict.mutant: verdict for verdict in (judge_all(op, left, jobs, known) if left else ())}
+    return [verdicts[mutant] for mutant in mutants]
 
 
 # The table --------------------------------------------------------------------------------------------------------
@@ -704,15 +724,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     parser.add_argument("--json", type=Path, help="file to write every verdict to")
     args = parser.parse_args(arguments)
-    verdicts: list[Verdict] = []
-    for op in [args.op] if args.op else SUITES:
-        chosen = [m for m in all_mutants(op) if args.file in m.file and re.search(args.pattern, str(m))]
-        if args.sample is not None:
-            chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
-        if args.list:
-            print(*chosen, sep="\n")
-        elif chosen:
-            verdicts += judge_all(op, chosen, args.jobs, set() if args.all_checks else set(listed()))
+    ops = sorted(SUITES, key=lambda op: op != args.op)  # the one that is asked for first
+    every = dict.fromkeys(mutant for op in ops[: 1 if args.op else None] for mutant in all_mutants(op))
+    chosen = [m for m in every if args.file in m.file and re.search(args.pattern, str(m))]
+    if args.sample is not None:
+        chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
+    if args.list:
+        print(*chosen, sep="\n")
+        chosen = []
+    verdicts = judge_in_turn(ops, chosen, args.jobs, set() if args.all_checks else set(listed()))
     if args.json:
         rows = [verdict._asdict() | {"mutant": str(verdict.mutant), "key": verdict.mutant.key} for verdict in verdicts]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

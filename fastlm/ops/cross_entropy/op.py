@@ -376,15 +376,22 @@ def _linear_composite(
     return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-2], False)
 
 
+LONG_ROW = 512  # classes; below, a CPU's kernel is slower than torch's (benchmarks/results/cross_entropy_sizes.md)
 CPU_BUILT = importlib.util.find_spec("fastlm._C") is not None  # a plain constant, for compilers
 
 
-def _first(inputs: CrossEntropyInputs | LinearCrossEntropyInputs) -> str:
-    """On a GPU ours moves less memory; on a CPU measured.json says from which size on it is the faster."""
+def _first(inputs: CrossEntropyInputs) -> str:
+    """On a GPU ours moves less memory; on a CPU measured.json says from which size on it is the faster, of rows that are
+    long and of one run."""
     x = inputs.input
-    if x.is_cpu:
-        linear = isinstance(inputs, LinearCrossEntropyInputs)
-        return "cpu" if linear else "" if torch.compiler.is_compiling() else fastest("cross_entropy", x)
+    if not x.is_cpu:
+        return _gpu_first()
+    dim = 1 if x.dim() > 1 else 0
+    long = x.shape[dim] >= LONG_ROW and x.stride(dim) == 1
+    return fastest("cross_entropy", x) if long and not torch.compiler.is_compiling() else ""
+
+
+def _gpu_first() -> str:
     return "triton" if cuda_missing() else "cuda"
 
 
@@ -419,8 +426,10 @@ def _linear_first(inputs: LinearCrossEntropyInputs) -> str:
     """Ours holds less memory. On a CPU without our kernels the chunks win in eager fp32 only: in 16 bits they cost 5 to
     9%, and a compiler makes torch's own cross-entropy so fast that they cost 11% of a GPT step (bench_default.py)."""
     x = inputs.input
-    if not x.is_cpu or CPU_BUILT:
-        return _first(inputs)
+    if not x.is_cpu:
+        return _gpu_first()
+    if CPU_BUILT:
+        return "cpu"
     return "native" if x.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling() else ""
 
 
