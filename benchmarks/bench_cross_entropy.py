@@ -68,8 +68,8 @@ def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seco
 
     def step(function: Callable[..., Tensor], **options: Any) -> Callable[[], None]:
         def run() -> None:
-            input.grad = weight.grad = None
             function(input, weight, target, **options).backward()
+            input.grad = weight.grad = None
 
         return run
 

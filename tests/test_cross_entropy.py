@@ -281,6 +281,47 @@ def test_a_second_backward_gives_the_same_bits_and_spoils_no_earlier_gradient(op
         torch.testing.assert_close(three.float(), 3 * one.float(), rtol=5e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_backward_of_more_dimensions_than_fold(backend):
+    """Where rows that cannot be read in place are copied, the gradient still arrives."""
+    leaf = torch.randn(2, 3, 2, 3, 2, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target = torch.arange(72).reshape(2, 3, 2, 3, 2) % 12
+    order = [4, 3, 2, 1, 0, 5]
+
+    def gradient(leaf, backend, **options):
+        x = (leaf * 1).permute(order).contiguous().permute(order).movedim(-1, 1)
+        with fastlm.use_backend(backend):
+            return torch.autograd.grad(F.cross_entropy(x, target, **options), leaf)[0]
+
+    exact, near = gradient(leaf.double(), "reference"), gradient(leaf, "reference")
+    assert_within_rule(gradient(leaf, backend, inplace_backward=True), near, exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_the_z_part_of_a_mean_with_small_weights_does_not_cancel(op, backend):
+    weight, target = torch.full((7,), 1e-3), torch.arange(9) % 7
+    leaves = [logits(9, 7) + 300] if op == "cross_entropy" else [logits(9, 6), logits(7, 6)]
+    options = {"linear_bias": torch.full((7,), 300.0)} if len(leaves) > 1 else {}
+
+    def loss(dtype, backend):
+        with fastlm.use_backend(backend):
+            given = {name: x.to(dtype) for name, x in options.items()}
+            return getattr(F, op)(*(x.to(dtype) for x in leaves), target, weight=weight.to(dtype), z_loss=0.1, **given)
+
+    exact = loss(torch.float64, "reference")
+    assert abs(loss(torch.float32, backend).double() - exact) <= 1e-6 * exact
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_targets_of_no_weight_give_what_the_formula_gives(backend):
+    """Smoothed losses over a divisor of 0 are infinite, and the z part stays finite."""
+    weight = torch.tensor([0.0, 0.0, 1.0])
+    with fastlm.use_backend(backend):
+        loss = F.cross_entropy(logits(4, 3), torch.tensor([0, 1, 0, 1]), weight, label_smoothing=0.1, z_loss=0.1)
+    assert loss == float("inf")
+
+
 # Linear -------------------------------------------------------------------------------------------------------------
 
 

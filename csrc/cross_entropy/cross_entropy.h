@@ -54,8 +54,8 @@ struct CrossEntropyFwdParams {
   }
 };
 
-// The mean, or without divisors the sum, of the losses. For the mean the z part counts every row that is not ignored,
-// whatever its class's weight.
+// The mean, or without divisors the sum, of the losses with their z part, whose mean counts every row that is not
+// ignored, whatever its class's weight.
 struct CrossEntropySumParams {
   const int64_t* target;  // [rows], or null: probabilities
   const void* weight;     // [cols] W, or null

@@ -141,10 +141,9 @@ RowStats<A> fwd_row(const CrossEntropyFwdParams& p, const T* logits, const RowTa
     spread += spreads.total();
     dot += dots.total();
   }
-  const A log = std::log(sum_below), lse = top + log;
+  const A log = std::log(sum_below);
   loss = (top - x_target + log) * target.at_target;
   if (target.spreads()) loss += top * spread - dot + log * spread;
-  if (p.z_loss != 0) loss += static_cast<A>(p.z_loss) * lse * lse;  // which may be infinite
   return {top, log, target.at_target + spread};
 }
 
@@ -212,12 +211,14 @@ const char* sum_losses(const CrossEntropySumParams& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t target = p.target == nullptr ? 0 : p.target[row];
     if (p.target != nullptr && target == p.ignore_index) continue;
-    if (losses != nullptr) loss += losses[row];
     ++count;
-    if (p.weight == nullptr) continue;
-    if (target < 0 || target >= p.cols) return kTargetOutOfRange;
-    weights += load_any<A>(p.weight, p.weight_dtype, 1, target, 1)[0];
-    if (losses == nullptr || p.z_loss == 0) continue;
+    if (p.weight != nullptr) {
+      if (target < 0 || target >= p.cols) return kTargetOutOfRange;
+      weights += load_any<A>(p.weight, p.weight_dtype, 1, target, 1)[0];
+    }
+    if (losses == nullptr) continue;
+    loss += losses[row];
+    if (p.z_loss == 0) continue;
     const double lse = stats[row] + stats[row + p.stats_stride];
     z += p.z_loss * lse * lse;
   }
@@ -226,8 +227,9 @@ const char* sum_losses(const CrossEntropySumParams& p) {
     static_cast<A*>(p.divisors)[0] = static_cast<A>(weighted);
     static_cast<A*>(p.divisors)[1] = static_cast<A>(valid);
     loss /= weighted;
-    if (p.weight != nullptr && p.z_loss != 0) loss += z / valid - z / weighted;
+    z /= valid;
   }
+  if (p.z_loss != 0) loss += z;
   if (p.loss != nullptr) *static_cast<A*>(p.loss) = static_cast<A>(loss);
   return nullptr;
 }

@@ -55,12 +55,11 @@ __global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
       dot = row_sum(dot);
     }
     if (!exists) continue;
-    const float mass = target.at_target + spread, lse = top + log;
+    const float mass = target.at_target + spread;
     if (threadIdx.x == 0) {
-      float* stats = static_cast<float*>(p.stats) + row;
       float loss = (top - at_target[0] + log) * target.at_target;
-      if (p.z_loss != 0.0) loss += static_cast<float>(p.z_loss) * lse * lse;  // which may be infinite
-      if (kGeneral && spreads(p)) loss += top * spread - dot + log * spread;
+      if (kGeneral) loss += top * spread - dot + log * spread;
+      float* stats = static_cast<float*>(p.stats) + row;
       static_cast<float*>(p.losses)[row] = target.ignored ? 0.0f : loss;
       stats[0] = target.ignored ? 0.0f : top;
       stats[p.stats_stride] = target.ignored ? 0.0f : log;
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
   }
 }
 
-// One block. The z part of a loss is in it: where the two divisors differ, it is divided again.
+// One block.
 __global__ void __launch_bounds__(kMaxThreads)
     cross_entropy_sum_kernel(const __grid_constant__ CrossEntropySumParams p) {
   FASTLM_SHARED(float, sums, [2][kMaxWarps]);
@@ -84,15 +83,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
     const int64_t target = p.target == nullptr ? 0 : p.target[row];
     if (p.target != nullptr && target == p.ignore_index) continue;
-    if (p.losses != nullptr) loss += static_cast<const float*>(p.losses)[row];
-    if (p.divisors == nullptr) continue;
     ++count;
-    if (p.weight == nullptr) continue;
-    device_assert(0 <= target && target < p.cols, "cross_entropy: target must be a class or ignore_index");
-    float weight[1];
-    load_parameter<1>(p.weight, p.weight_dtype, target, 1.0f, weight);
-    weights += weight[0];
-    if (p.losses == nullptr || p.z_loss == 0.0) continue;
+    if (p.weight != nullptr) {
+      device_assert(0 <= target && target < p.cols, "cross_entropy: target must be a class or ignore_index");
+      float weight[1];
+      load_parameter<1>(p.weight, p.weight_dtype, target, 1.0f, weight);
+      weights += weight[0];
+    }
+    if (p.losses == nullptr) continue;
+    loss += static_cast<const float*>(p.losses)[row];
+    if (p.z_loss == 0.0) continue;
     const float* stats = static_cast<const float*>(p.stats) + row;
     const float lse = stats[0] + stats[p.stats_stride];
     z += static_cast<float>(p.z_loss) * lse * lse;
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (p.divisors != nullptr) {
     static_cast<float*>(p.divisors)[0] = weighted;
     static_cast<float*>(p.divisors)[1] = valid;
-    loss = loss / weighted;
-    if (p.weight != nullptr && p.z_loss != 0.0) loss += z / valid - z / weighted;
+    loss /= weighted;
+    z /= valid;
   }
-  if (p.loss != nullptr) *static_cast<float*>(p.loss) = loss;
+  if (p.loss != nullptr) *static_cast<float*>(p.loss) = p.z_loss == 0.0 ? loss : loss + z;
 }
 
 template <typename T>

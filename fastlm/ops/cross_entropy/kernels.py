@@ -28,8 +28,8 @@ CHUNK_BYTES = {
     "cpu": 2**27,
     "cuda": 2**29,
 }  # of a chunk's logits, at most: few, large chunks keep the products efficient
-CHUNKS = 3  # at least: beside the three tensors of the logits' size that torch holds, a ninth ...
-CHUNK_ROWS = 256  # ... but if chunks had fewer rows than this, two
+CHUNKS = 4  # at least: of what torch holds beside the gradients, more than two tensors of the logits' size, a ninth ...
+CHUNK_ROWS = 256  # ... but of at least so many rows each, and two chunks in any case
 
 
 class Options(NamedTuple):
@@ -49,12 +49,12 @@ class Kernels(NamedTuple):
     stays exact where logits are large. `divisors` None is reduction "sum" or "none".
 
     Args:
-        fwd: (logits, target, weight, options, losses, stats, divisors) fills losses, with their z part, and
-            stats, anything where ignored. Given divisors, the gradient of the mean takes the logits' place; these
-            are then (rows, classes) and contiguous. IndexError on a CPU for a target out of range.
-        sum: (target, weight, options, losses, stats, divisors) -> the loss, (). Fills divisors: the sum of the weights
-            of the targets that are not ignored (for probabilities the number of rows), and the number of these targets.
-            Without losses and stats (None) it does that alone. IndexError as `fwd`.
+        fwd: (logits, target, weight, options, losses, stats, divisors) fills losses, without their z part, and stats;
+            both are 0 where ignored. Given divisors, the gradient of the mean takes the logits' place; these are then
+            (rows, classes) and contiguous. IndexError on a CPU for a target out of range.
+        sum: (target, weight, options, losses, stats, divisors) -> the loss with its z part, (). Fills divisors: the sum
+            of the weights of the targets that are not ignored (for probabilities the number of rows), and the number
+            of these targets. Without losses and stats (None) it does that alone. IndexError as `fwd`.
         bwd: (grad_loss, logits, target, weight, options, stats, divisors, grad) fills grad, of the logits' shape and
             dtype and any strides, or the logits themselves. grad_loss is (rows,), or (1,) for all of them.
     """
@@ -84,9 +84,9 @@ def fwd(
     stats = torch.empty((3, losses.numel()), dtype=dtype, device=device)
     divisors = torch.empty(2 if reduction == "mean" else 0, dtype=dtype, device=device)
     kernels.fwd(logits, target, weight, options, losses, stats, None)
-    if reduction != "none":
-        losses = kernels.sum(target, weight, options, losses, stats, _given(divisors))
-    return losses, stats, divisors
+    if reduction == "none":
+        return _with_z(losses, stats, z_loss), stats, divisors
+    return kernels.sum(target, weight, options, losses, stats, _given(divisors)), stats, divisors
 
 
 def bwd(
@@ -150,7 +150,10 @@ def linear_fwd(
     for chunk, logits in _chunks(x, linear_weight, linear_bias):
         kernels.fwd(logits, target[chunk], weight, options, losses[chunk], stats[:, chunk], scale)
         sums.add(chunk, logits)
-    loss = losses if reduction == "none" else kernels.sum(target, weight, options, losses, stats, _given(divisors))
+    if reduction == "none":
+        loss = _with_z(losses, stats, z_loss)
+    else:
+        loss = kernels.sum(target, weight, options, losses, stats, _given(divisors))
     return loss.reshape(() if input.dim() == 1 else loss.shape), stats, divisors, *sums.totals(input.shape)
 
 
@@ -198,6 +201,10 @@ def linear_bwd(
         input.new_empty(0) if like is None or not needed else _scaled(grad, factor, like, in_place)
         for grad, like, needed in zip(grads, likes, needs_grad, strict=True)
     )
+
+
+def _with_z(losses: Tensor, stats: Tensor, z_loss: float) -> Tensor:
+    return losses + z_loss * (stats[0] + stats[1]).square().view(losses.shape) if z_loss else losses
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, like: Tensor, in_place: bool) -> Tensor:

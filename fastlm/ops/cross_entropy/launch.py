@@ -103,7 +103,7 @@ def _bwd(
     divisors: Tensor | None,
     grad: Tensor,
 ) -> None:
-    (logits, target, grad), sizes, strides = _as_rows(logits, target, grad)
+    (logits, target, written), sizes, strides = _as_rows(logits, target, grad)
     weight, grad_loss, codes = None if weight is None else weight.contiguous(), grad_loss.contiguous(), launchers.codes
     launchers.cross_entropy_bwd(
         grad_loss.data_ptr(),
@@ -112,7 +112,7 @@ def _bwd(
         _pointer(weight),
         _pointer(divisors),
         stats.data_ptr(),
-        grad.data_ptr(),
+        written.data_ptr(),
         sizes,
         *strides,
         logits.shape[-1],
@@ -125,6 +125,8 @@ def _bwd(
         0 if weight is None else codes[weight.dtype],
         *launchers.extra(logits),
     )
+    if written is not grad:  # more dimensions than rows can have: `as_rows` had to copy
+        grad.data.copy_(written)  # unseen by autograd, as what a kernel writes is
 
 
 def _as_rows(logits: Tensor, target: Tensor, *grad: Tensor) -> tuple[Any, Any, Any]:

@@ -381,8 +381,8 @@ CPU_BUILT = importlib.util.find_spec("fastlm._C") is not None  # a plain constan
 
 
 def _first(inputs: CrossEntropyInputs) -> str:
-    """On a GPU ours moves less memory; on a CPU measured.json says from which size on it is the faster, of rows that are
-    long and of one run."""
+    """On a GPU ours moves less memory; on a CPU measured.json says from which size on it is the faster, of rows that
+    are long and of one run."""
     x = inputs.input
     if not x.is_cpu:
         return _gpu_first()

@@ -226,8 +226,8 @@ def _fwd(
         targets = _targets(_target_rows(target[block]), weight, *options[:2], losses.dtype)
         x = _capped(_wide(logits[block]), options.softcap)
         top, log = _lse(x)
-        loss, z = _row_losses(x, top, log, targets, options.z_loss)
-        losses[block], stats[:, block] = (loss + z)[:, 0], torch.cat([top, log, _mass(x, targets)], 1).T
+        losses[block] = _row_losses(x, top, log, targets, 0.0)[0][:, 0]
+        stats[:, block] = torch.where(targets.valid, torch.cat([top, log, _mass(x, targets)], 1), 0.0).T
         if divisors is not None:
             upstream = _upstream(losses.new_ones(()), divisors)
             p = (x - top - log).exp()
@@ -243,14 +243,11 @@ def _sum(
     divisors: Tensor | None,
 ) -> Tensor | None:
     if divisors is not None:
-        targets = _targets(_target_rows(target), weight, *options[:2], divisors.dtype)
-        divisors.copy_(_divisors(targets))
+        divisors.copy_(_divisors(_targets(_target_rows(target), weight, *options[:2], divisors.dtype)))
     if losses is None or stats is None:
         return None
-    if divisors is None:
-        return losses.sum()
-    z = torch.where(targets.valid[:, 0], options.z_loss * (stats[0] + stats[1]).square(), 0.0)
-    return (losses - z).sum() / divisors[0] + z.sum() / divisors[1]
+    z = (options.z_loss * (stats[0] + stats[1]).square()).sum() if options.z_loss else losses.new_zeros(())
+    return losses.sum() + z if divisors is None else losses.sum() / divisors[0] + z / divisors[1]
 
 
 def _bwd(

@@ -191,8 +191,6 @@ def _fwd_kernel(
 
     log = tl.log(total)
     loss = log * mass - dot
-    if z_loss is not None:
-        loss += z_loss * (top + log) * (top + log)
     tl.store(losses + row, loss)
     tl.store(stats + row, top)
     tl.store(stats + stats_stride + row, log)
@@ -285,25 +283,23 @@ def _sum_kernel(
                 weight_sum += tl.load(weight + target, mask=inside, other=0.0).to(tl.float32)
         count += valid.to(tl.int32)
         if losses is not None:
-            value = tl.load(losses + row, mask=valid, other=0.0)
-            if divisors is not None and z_loss is not None:
+            loss_sum += tl.load(losses + row, mask=valid, other=0.0)
+            if z_loss is not None:
                 lse = tl.load(stats + row, mask=valid, other=0.0)
                 lse += tl.load(stats + stats_stride + row, mask=valid, other=0.0)
                 z_sum += z_loss * lse * lse
-                value -= z_loss * lse * lse
-            loss_sum += value
 
     result = tl.sum(loss_sum, 0)
+    z = tl.sum(z_sum, 0)
     if divisors is not None:
         z_divisor = tl.sum(count.to(tl.int64), 0).to(tl.float32)
         divisor = z_divisor if weight is None else tl.sum(weight_sum, 0)
         tl.store(divisors, divisor)
         tl.store(divisors + 1, z_divisor)
         result /= divisor
-        if z_loss is not None:
-            result += tl.sum(z_sum, 0) / z_divisor
+        z /= z_divisor
     if losses is not None:
-        tl.store(loss, result)
+        tl.store(loss, result if z_loss is None else result + z)
 
 
 # Launches ---------------------------------------------------------------------------------------------------------
@@ -435,7 +431,7 @@ def bwd(grad_loss: Tensor, logits: Tensor, *rest: Any) -> None:
     launch, grad = _launch_bwd(grad_loss, logits, *rest), rest[-1]
     run([launch], logits.device)
     if launch.args["grad"] is not grad:  # `as_rows` had to copy
-        grad.copy_(launch.args["grad"])
+        grad.data.copy_(launch.args["grad"])  # unseen by autograd, as what a kernel writes is
 
 
 KERNELS = Kernels(fwd=fwd, sum=sum_rows, bwd=bwd)
