@@ -11,9 +11,9 @@
 #include "common/dispatch.cuh"
 #include "common/kernel_attributes.h"
 #include "common/philox.h"
+#include "common/row_tile.cuh"
 #include "common/vec.cuh"
 #include "layer_norm/layer_norm.h"
-#include "common/row_tile.cuh"
 
 namespace fastlm {
 namespace {
