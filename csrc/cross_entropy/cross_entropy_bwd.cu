@@ -14,7 +14,7 @@ namespace fastlm {
 namespace {
 
 template <typename T, bool kGeneral>
-__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     cross_entropy_bwd_kernel(const __grid_constant__ CrossEntropyBwdParams p) {
   const int64_t rows = p.rows.count(), step = int64_t{gridDim.x} * blockDim.y;
   const float* divisors = static_cast<const float*>(p.divisors);

@@ -15,7 +15,7 @@ namespace fastlm {
 namespace {
 
 template <typename T, bool kGeneral>
-__global__ void __launch_bounds__(kMaxThreads, kGeneral ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     cross_entropy_fwd_kernel(const __grid_constant__ CrossEntropyFwdParams p) {
   FASTLM_SHARED(float, sums, [2][kMaxWarps]);
   FASTLM_SHARED(float, maxima, [2][kMaxWarps]);

@@ -74,7 +74,7 @@ CLASSES = {
     "shared load *": r"LDSM?\b",
     "shared store *": r"STSM?\b",
     "shuffle": r"SHFL|C?REDUX|VOTE|MATCH",
-    "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|LDGDEPBAR|U?CGABAR|MEMBAR|FENCE",
+    "barrier": r"BAR|SYNCS|WARPSYNC|ENDCOLLECTIVE|DEPBAR|LDGDEPBAR|U?CGABAR|MEMBAR|FENCE",
     "tensor": r"[A-Z]+MMA\b",
     "conversion": r"HADD2\.F32|U?F2|U?I2|FRND",
     "special": r"MUFU",
