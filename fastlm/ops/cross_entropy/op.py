@@ -123,9 +123,10 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     recompute: bool = False,
 ) -> Tensor:
-    r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)` without ever forming the logits in full.
+    r"""`cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`, the logits only in a bounded workspace.
 
-    The rows are taken in chunks; "mean" and "sum" form the gradients in the forward pass, the weight's summed in fp32.
+    The rows are taken in chunks, two or more; in 16 bits on a CPU in one, up to 128 MiB of logits. For "mean" and "sum"
+    the forward pass forms the gradients, the weight's summed in fp32.
     "none" forms the logits again in backward. To accumulate gradients over micro-batches exactly, take reduction="sum"
     and divide by the number of all their targets.
 
