@@ -1,7 +1,6 @@
 """Every test starts and ends with the process's own choice of backend and torch's own random state."""
 
 import dataclasses
-import functools
 import os
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastlm and triton are imported
 
+import interpreter
 import proof.emulator  # registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
 
 from fastlm.ops import compiled, registry
@@ -21,26 +21,9 @@ from fastlm.ops.cross_entropy import op as cross_entropy
 from fastlm.ops.layer_norm import op as layer_norm
 
 
-@functools.cache
-def round_as_a_gpu_does():
-    """Makes Triton's interpreter round fp32 to bf16 to nearest, ties to even, where it would cut off the lower bits."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, source, kind):
-        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
-            return cast(self, source, kind)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(source.data.shape), tl.bfloat16)
-
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
-
-
 def interpreted(function):
     def run(*args):
-        round_as_a_gpu_does()  # at the first call: importing fastlm imports no triton, nor do these tests before
+        interpreter.correct()  # at the first call: importing fastlm imports no triton, nor do these tests before
         with np.errstate(all="ignore"):  # numpy warns of every NaN and infinity
             return function(*args)
 

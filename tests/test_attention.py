@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastlm
 import fastlm.functional as F
+from fastlm.ops.attention import op as attention
 
 BACKENDS = ["auto", "native", "reference"]
 OURS = ["auto", "reference"]  # whatever has all options
@@ -245,6 +246,47 @@ def test_an_upstream_gradient_past_2_to_the_31_elements_is_read_where_it_lies(ba
         gradients.append([leaf.grad for leaf in leaves])
     for near, far in zip(*gradients, strict=True):
         assert_within_rule(far, near, near.double())
+
+
+# The choice ---------------------------------------------------------------------------------------------------------
+
+
+def inputs_on(device, dtype=torch.bfloat16, **options):
+    query = torch.empty(2, 4, 8, 16, dtype=dtype, device=device)
+    fields = dict.fromkeys(attention.ScaledDotProductAttentionInputs._fields)
+    fields |= {"query": query, "key": query, "value": query, "is_causal": True, "scale": 0.25, "softcap": 0.0}
+    fields |= {"window_left": -1, "window_right": -1, "return_lse": False, "dropout_p": 0.0}
+    return attention.ScaledDotProductAttentionInputs(**(fields | options))
+
+
+FIRST = {
+    "plain": ({}, ""),
+    "soft cap": ({"softcap": 2.0}, "triton"),
+    "lse": ({"return_lse": True}, "triton"),
+    "window": ({"window_left": 3}, "triton"),
+    "ALiBi": ({"alibi_slopes": torch.ones(4)}, "triton"),
+    "cache": ({"key_lengths": torch.ones(2)}, "triton"),
+    "mask": ({"attn_mask": torch.ones(8, 8), "is_causal": False}, ""),
+    "mask and causal": ({"attn_mask": torch.ones(8, 8)}, "triton"),
+    "mask with a gradient": ({"attn_mask": torch.ones(8, 8, requires_grad=True), "softcap": 2.0}, ""),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_beyond_a_cpu_kernels_come_first_only_for_what_torch_lacks_or_makes_a_mask_for(name):
+    options, first = FIRST[name]
+    assert attention._first("scaled_dot_product_attention", inputs_on("meta", **options)) == first
+    assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == ""
+
+
+def test_kernels_are_for_compute_capability_8_and_newer(monkeypatch):
+    class OnGPU:
+        is_cuda, device, shape, requires_grad = True, "cuda:0", (1, 1, 1, 8), False
+
+    inputs = inputs_on("cpu", query=OnGPU(), value=OnGPU())
+    for capability, reasons in (((7, 5), ["needs a GPU of compute capability 8.0, got 7.5"]), ((8, 0), [])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert attention._kernel_reasons(inputs) == reasons
 
 
 # Properties ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What the compilers made of every kernel, held to one table of budgets; and the tool that reports it, checked.
 
 Compiling everything takes minutes, so that the budgets are checked for a part: CUDA for the architectures that setup.py
-builds, Triton for two, each with its own ptxas, and two widths of rows. FASTLM_ALL_KERNELS=1 checks all. Results are
+builds, Triton for two, each with its own ptxas, and two widths of rows (of attention more in `make proof`).
+FASTLM_ALL_KERNELS=1 checks all. Results are
 cached: a second run takes seconds.
 """
 
@@ -25,7 +26,8 @@ EVERY = tuple(kernel_report.LIMITS)
 BUILT = (75, 80, 90, 100, 120)  # by setup.py; 86 and 89 run the code for 80
 PARTS = {
     "cuda": (EVERY if ALL else BUILT, ""),
-    "triton": (EVERY if ALL else (90, 100), "" if ALL else r" (768|5120) |plain 50304"),
+    "triton": (EVERY if ALL else (90, 100), "" if ALL else r" (768|5120) |plain 50304|causal (64|128) bf"),
+    "triton in proof": ((80, 120), r"attention (causal|decode|everything|grouped) (64|128) bf"),
 }
 
 pytestmark = pytest.mark.slow
@@ -35,7 +37,10 @@ LACKING = {
     "triton": no_readers + ["triton"] * (not kernel_report._triton),
 }
 needs = {kind: pytest.mark.skipif(bool(names), reason=f"no {', '.join(names)}") for kind, names in LACKING.items()}
-kinds = pytest.mark.parametrize("kind", [pytest.param(kind, marks=needs[kind]) for kind in PARTS])
+proof = {"triton in proof": [pytest.mark.proof]}
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[needs[kind.split()[0]], *proof.get(kind, [])]) for kind in PARTS]
+)
 
 
 def run_tool(*arguments):
@@ -55,7 +60,7 @@ def report(tmp_path_factory):
         if kind not in found:
             file = tmp_path_factory.mktemp("report") / "report.json"
             architectures, pattern = PARTS[kind]
-            run_tool("--only", kind, "--arch", ",".join(map(str, architectures)), "--json", file, pattern)
+            run_tool("--only", kind.split()[0], "--arch", ",".join(map(str, architectures)), "--json", file, pattern)
             found[kind] = json.loads(file.read_text())["kernels"]
         return found[kind]
 
@@ -118,6 +123,9 @@ BUDGETS = {
     r"cross_entropy (everything|probabilities) 50304 .*_(fwd|bwd)_kernel": Budget(80, 32, {8: 1, 4: 7, 2: 2}, {4: 8}),
     r"cross_entropy plain 50257 .*_(fwd|bwd)_kernel": Budget(72, 32, ANY, ANY),
     r"cross_entropy .* _sum_kernel": Budget(64, 256, {8: 4, 4: 16, 2: 4}, {4: 3}),
+    r"attention decode \d+ \w+ _fwd_kernel": Budget(168, 73728, ANY, ANY),
+    r"attention decode \d+ \w+ _combine_kernel": Budget(64, 64, ANY, ANY),
+    r"attention .* _(fwd|dq|dkdv)_kernel": Budget(255, 227 * 1024, ANY, ANY),
 }
 # Bytes stored to local memory; no other kernel stores any, and no CUDA one. From release 13 on, ptxas keeps to 64 or
 # 128 registers, a block more per multiprocessor, where that costs a spilled register or two.
@@ -156,6 +164,7 @@ def test_every_kernel_keeps_to_its_budget(report, kind):
         assert budget is not None, f"{kernel['kernel']} has no budget"
         found += overdrawn(kernel, budget, SPILLS.get((kernel["kernel"], kernel["arch"]), 0))
         assert kernel["blocks"] > 0, f"{kernel['kernel']} does not fit on a multiprocessor of sm_{kernel['arch']}"
+        assert kernel.get("tensor_memory", 0) <= 512, f"{kernel['kernel']} does not fit into tensor memory"
     assert not found, "\n".join(found)
 
 
@@ -163,6 +172,18 @@ def test_every_kernel_keeps_to_its_budget(report, kind):
 def test_no_instruction_is_left_unclassified(report, kind):
     left = {kernel["kernel"]: kernel["instructions"].get("other", 0) for kernel in report(kind)}
     assert {name: n for name, n in left.items() if n} == {}
+
+
+@needs["triton"]
+def test_attention_is_formed_by_the_tensor_cores_of_each_architecture(report):
+    kernels = [k for k in report("triton") if k["kernel"].startswith("attention causal") and "bfloat16" in k["kernel"]]
+    newest = {90: "wgmma", 100: "tcgen05.mma"}
+    for kernel in kernels:
+        if " 256 " not in kernel["kernel"]:  # where sm_100's tensor memory is too small
+            assert kernel["products"] == [newest.get(kernel["arch"], "mma.sync")], kernel["kernel"]
+    figures = {(k["kernel"], k["arch"]): k["flop_per_instruction"] for k in kernels}
+    # Triton's own tutorial reaches 966, FlashAttention-3 1,217.
+    assert figures["attention causal 64 bfloat16 _fwd_kernel", 90] >= 966
 
 
 @needs["cuda"]
@@ -217,6 +238,46 @@ __global__ void narrow_kernel(const float* x, const short* small, float* y, int 
     for (int i = threadIdx.x; i < cols; i += blockDim.x) y[i] = x[i] > 0.0f ? expf(x[i]) : tile[i % 256] + small[i];
   }
 }
+
+__device__ void multiply(float (&d)[4], unsigned a) {  // 16 x 8 x 16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%4,%4,%4},{%4,%4},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a));
+}
+
+// A loop without products that moves most bytes, a short one of one product, and two of two products: first at an edge.
+__global__ void tensor_kernel(const unsigned* a, const float4* x, float* y, int n) {
+  float d[4] = {};
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) d[0] += x[i].x + x[i].y + x[i].z + x[i].w;
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) multiply(d, i);
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) {
+    multiply(d, a[i]);
+    multiply(d, a[i + n]);
+    for (int j = 0; j < 4; ++j) d[j] = i + j < threadIdx.x ? exp2f(d[j]) : 0.0f;
+  }
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) {
+    multiply(d, a[i]);
+    multiply(d, a[i + 1]);
+  }
+  y[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+
+// Two loops; the first one moves more bytes, to shared memory.
+__global__ void async_kernel(const float4* x, const float* small, float* y, int n) {
+  __shared__ float4 tile[256];
+  const unsigned place = __cvta_generic_to_shared(tile + threadIdx.x);
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(x + i));
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  float sum = tile[threadIdx.x].x;
+#pragma unroll 1
+  for (int i = 0; i < n; ++i) sum += expf(small[i]) * expf(small[i + n]);
+  y[threadIdx.x] = sum;
+}
 """
 
 
@@ -260,6 +321,98 @@ def test_narrow_accesses_and_the_hot_loop_are_reported(sample, architecture):
     assert "barrier" not in kernel["hot_loop"]
     assert kernel["instructions"]["barrier"] == 1
     assert any("loads of 4 bytes" in line for line in overdrawn(kernel, Budget(64, 1024, {2: 9}, {4: 9})))
+
+
+@needs["cuda"]
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_hot_loop_of_products_is_the_steady_one_and_its_flop_are_counted(sample, architecture):
+    table, kernels = sample
+    kernel = kernels["tensor_kernel", architecture]
+    loop = kernel["hot_loop"]
+    assert kernel["instructions"]["tensor"] == 5
+    assert (loop["tensor"], loop.get("special"), loop["all"] < 30) == (2, None, True)
+    assert kernel["flop_per_instruction"] == 2 * 4096 / loop["all"]
+    [line] = [line for line in table.splitlines() if f"sm_{architecture}  tensor_kernel" in line]
+    assert f" {2 * 4096 / loop['all']:.0f} " in line
+    assert kernels["narrow_kernel", architecture]["flop_per_instruction"] is None
+
+
+@needs["cuda"]
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_copies_to_shared_memory_are_bytes_moved(sample, architecture):
+    loop = sample[1]["async_kernel", architecture]["hot_loop"]
+    assert kernel_report.widths(loop, "async copy") == {16: 1}
+    assert "special" not in loop
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flop"),
+    [
+        ("HMMA.16816.F32.BF16", 2 * 16 * 8 * 16),
+        ("HMMA.16816.F16", 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 2 * 16 * 8 * 8),
+        ("HMMA.1688.F32", 2 * 16 * 8 * 8),
+        ("HMMA.1684.F32.TF32", 2 * 16 * 8 * 4),
+        ("HGMMA.64x64x16.F32.BF16", 2 * 64 * 64 * 16 // 4),
+        ("HGMMA.64x128x8.F32.TF32", 2 * 64 * 128 * 8 // 4),
+        ("QGMMA.64x8x32.F32.E4M3.E4M3", 2 * 64 * 8 * 32 // 4),
+        ("QMMA.16832.F32.E4M3.E4M3", 2 * 16 * 8 * 32),
+        ("OMMA.SF.16864.F32.E2M1.E2M1.E8", 2 * 16 * 8 * 64),
+        ("IMMA.8816.S8.S8", 2 * 8 * 8 * 16),
+        ("DMMA.884", 2 * 8 * 8 * 4),
+        ("DMMA.8x8x4", 2 * 8 * 8 * 4),
+        ("HMMA.884.F32.F32.STEP0", None),  # a part of an 8x8x4 of each of four groups of threads
+        ("HMMA.SP.16832.F32.BF16", None),
+        ("UTCHMMA", None),
+        ("FFMA", None),
+    ],
+)
+def test_flop_of_tensor_instructions_follow_from_their_opcodes(opcode, flop):
+    assert kernel_report.tensor_flop(opcode) == flop
+
+
+def code_of(*lines):
+    """Instructions as `disassemble` gives them, from lines like "label: @P0 OPCODE operands"."""
+    parts = [re.fullmatch(r"(?:(\S+): )?(@\S+ )?(\S+)(.*)", line).groups() for line in lines]
+    return [kernel_report.Instruction(op, rest, bool(p), (label,) if label else ()) for label, p, op, rest in parts]
+
+
+PRODUCT = "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], tmem[UR34], idesc[UR35], UPT"
+
+
+@pytest.mark.parametrize(
+    ("before", "known"),
+    [
+        (["UMOV UR35, 0x8100490", "UIADD3 UR4, UR4, 0x2"], True),
+        (["UMOV UR35, 0x8100490", PRODUCT], True),
+        (["UMOV UR35, 0x8100490", "R2UR UR35, R4"], False),
+        (["UMOV UR35, 0x8100490", "UIADD3.64 UR34, UR32, 0x2"], False),
+        (["UMOV UR35, 0x8100490", ".L_x_1: UIADD3 UR4, UR4, 0x2"], False),  # what jumps there may have set another
+        (["@UP0 UMOV UR35, 0x8100490"], False),
+        (["UMOV UR3, 0x8100490"], False),
+    ],
+)
+def test_shape_that_a_descriptor_holds_is_read_only_where_it_is_certain(before, known):
+    code = code_of("NOP", *before, PRODUCT)
+    assert kernel_report.descriptor(code, len(code) - 1) == (0x8100490 if known else None)
+
+
+def test_product_of_a_block_is_shared_by_its_warps():
+    # 128 x 64, bf16, as Triton 3.7 has it for tl.dot of [128, 64] and [64, 64]; then tf32, and N = 128
+    assert kernel_report.tensor_flop("UTCHMMA", 0x8100490, 4) == 2 * 128 * 64 * 16 / 4
+    assert kernel_report.tensor_flop("UTCHMMA", 0x8100910, 4) == 2 * 128 * 64 * 8 / 4
+    assert kernel_report.tensor_flop("UTCHMMA", 0x8200490, 8) == 2 * 128 * 128 * 16 / 8
+    assert kernel_report.tensor_flop("UTCHMMA", 0x8100494, 4) is None  # sparse
+    assert kernel_report.tensor_flop("UTCHMMA.2CTA", 0x8100490, 4) is None
+
+
+def test_loop_with_a_product_of_unknown_shape_has_no_flop_per_instruction():
+    loop = (".L_x_1: UMOV UR35, 0x8100490", PRODUCT, "IADD3 R0, R0, 0x1, RZ", "@P0 BRA `(.L_x_1)")
+    counts, flop = kernel_report.hot_loop(code_of("NOP", *loop, "EXIT"), 4)
+    assert (counts["all"], flop) == (4, 2 * 128 * 64 * 16 / 4 / 4)
+    unknown = (*loop[:2], "R2UR UR35, R4", PRODUCT, *loop[2:])
+    counts, flop = kernel_report.hot_loop(code_of("NOP", *unknown, "EXIT"), 4)
+    assert (counts["tensor"], flop) == (2, None)
 
 
 @needs["cuda"]

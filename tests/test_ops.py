@@ -29,7 +29,7 @@ def test_values_and_gradients_are_within_the_error_rule(name, dtype, backend):
     op = name.partition("-")[0]
     expected = call(name, dtype, device_of(op, backend))
     with fastlm.use_backend(backend):
-        if not serves_here(getattr(F, op), **expected.arguments, **expected.case.options):
+        if not serves_here(getattr(F, op), **expected.leaves(expected.arguments), **expected.case.options):
             return
         outputs, gradients = expected.ours()
     assert len(outputs) == len(expected.outputs)

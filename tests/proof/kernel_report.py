@@ -6,8 +6,14 @@ Registers, local and shared memory, resident blocks, and instructions of the mac
 of its hot loop, which is the loop whose own instructions (not those of loops inside it) access most global bytes, and
 among equals has most instructions. Loops are natural ones: their head dominates a branch back to it. Instructions are
 counted as they stand in the code, not as they run; in the hot loop without those of functions that it calls. Accesses
-are listed as bytes per thread x instructions: `16x4 4x1` is four of 16 bytes and one of 4. `spill` is bytes stored to +
-loaded from local memory: registers, and arrays that are not in registers. bf16 to fp32 is a shift: integer.
+are listed as bytes per thread x instructions: `16x4 4x1` is four of 16 bytes and one of 4; `async` are copies from
+global to shared memory. `spill` is bytes stored to + loaded from local memory: registers, and arrays that are not in
+registers. bf16 to fp32 is a shift: integer.
+
+Where there are tensor instructions, the hot loop is the steady one: of the loops with most tensor FLOP the shortest
+(one that masks an edge is longer). `flop/i` is that FLOP per instruction of a warp, from the shapes in the code: of
+`HMMA.16816` it is 2 * 16 * 8 * 16; each of the four warps of `HGMMA.64x64x16` has a quarter of it; what one thread
+issues for its block, `UTCHMMA`, is shared by the block's warps, as if all ran the loop. `-` is not known.
 
 `pattern` is a regular expression for names. CUDA is compiled with the flags of setup.py. Results are kept in build/.
 """
@@ -19,6 +25,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
@@ -73,16 +80,17 @@ CLASSES = {
     "atomic": r"ATOM|REDG?\b",
     "shared load *": r"LDSM?\b",
     "shared store *": r"STSM?\b",
-    "shuffle": r"SHFL|C?REDUX|VOTE|MATCH",
-    "barrier": r"BAR|SYNCS|WARPSYNC|ENDCOLLECTIVE|DEPBAR|LDGDEPBAR|U?CGABAR|MEMBAR|FENCE",
+    "shuffle": r"SHFL|C?REDUX|VOTE|MATCH|ELECT",
+    "barrier": r"BAR|SYNCS|WARPSYNC|WARPGROUP|ENDCOLLECTIVE|DEPBAR|LDGDEPBAR|U?CGABAR|UTCBAR|MEMBAR|FENCE|NANOSLEEP",
     "tensor": r"[A-Z]+MMA\b",
+    "tensor memory": r"LDTM|STTM|UTCCP|UTCSHIFT|UTCATOMSWS",
     "conversion": r"HADD2\.F32|U?F2|U?I2|FRND",
     "special": r"MUFU",
     "fp64": r"D(ADD|MUL|FMA|SETP|MNMX)\b",
     "fp16": r"H(ADD|MUL|FMA|MNMX|SETP?)2",
     "fp32": r"U?FH?(ADD|MUL|FMA|MNMX|SEL|SETP?|CHK)\d?\b",
     "branch": r"BR|JM|CALL|RET|EXIT|BSSY|BSYNC|BMOV|YIELD|BPT|LEPC",
-    "move": r"U?MOV|IMAD\.MOV|C?S2|R2|U?P2R|U?LDC|LDCU",
+    "move": r"U?MOV|IMAD\.MOV|C?S2|R2|U?P2U?R|U?LDC|LDCU",
     "integer": r"U?(I|VI|LOP|SH|LEA|PRMT|SEL|POPC|FLO|BREV|BMSK|SGXT|PLOP)",
     "none": r"NOP",
 }
@@ -199,11 +207,46 @@ def moved(counts: dict[str, int], *kinds: str) -> int:
     return sum(size * n for kind in kinds for size, n in widths(counts, kind).items())
 
 
-def hot_loop(code: list[Instruction]) -> dict[str, int] | None:
-    bodies = loops(code)
-    own = (body - set().union(*(inner for inner in bodies if inner < body)) for body in bodies)
-    counts = [count([code[n] for n in body]) for body in own]
-    return max(counts, key=lambda c: (moved(c, "global load", "global store"), c["all"]), default=None)
+def descriptor(code: list[Instruction], n: int) -> int | None:
+    """The constant that describes a UTCHMMA's shape, where the same basic block sets it."""
+    register = re.search(r"idesc\[UR(\d+)\]", code[n].operands)
+    while register and n and not code[n].labels:
+        n -= 1
+        opcode, operands, predicated, _ = code[n]
+        if opcode == "UMOV" and (value := re.match(rf"\s*UR{register[1]}, (0x\w+)", operands)):
+            return None if predicated else int(value[1], 16)
+        lower = rf"|UR{int(register[1]) - 1}\b" if ".64" in opcode else ""  # the other half of a pair
+        if register[0] not in operands and re.search(rf"UR{register[1]}\b{lower}", operands):
+            return None
+    return None
+
+
+def tensor_flop(opcode: str, described: int | None = None, warps: int = 1) -> int | None:
+    """FLOP of a warp in a tensor instruction; None where it is not known, as of sparse ones."""
+    if group := re.match(r"[HIQB]GMMA\.64x(\d+)x(\d+)\b", opcode):  # all four warps of a group issue it
+        return 2 * 64 * int(group[1]) * int(group[2]) // 4
+    if warp := re.match(r"(?!HMMA\.8)[A-Z]MMA\.(?:SF\.)?(8|16)x?8x?(\d+)\b", opcode):  # Volta's HMMA.884 is a part
+        return 2 * int(warp[1]) * 8 * int(warp[2])
+    if opcode == "UTCHMMA" and described is not None and not described >> 2 & 1:
+        # PTX ISA, "Instruction descriptor" of tcgen05: sparsity at bit 2, type of A (2 is tf32) at 7, N / 8, M / 16
+        k = 8 if described >> 7 & 7 == 2 else 16
+        return 2 * (described >> 24 & 31) * 16 * (described >> 17 & 63) * 8 * k // warps
+    return None
+
+
+def hot_loop(code: list[Instruction], warps: int) -> tuple[dict[str, int] | None, float | None]:
+    """What the hot loop consists of, and the tensor FLOP of each of its instructions."""
+    bodies, found = loops(code), []
+    for body in bodies:
+        own = body - set().union(*(inner for inner in bodies if inner < body))
+        counts, tensor = count([code[n] for n in own]), [n for n in own if classify(code[n]) == "tensor"]
+        flop = [tensor_flop(code[n].opcode, descriptor(code, n), warps) for n in tensor]
+        known = [one for one in flop if one is not None]
+        order = (0, moved(counts, "global load", "global store", "async copy"), counts["all"], 0)
+        if tensor:
+            order = (1, sum(known), len(tensor), -counts["all"])
+        found.append((order, counts, sum(known) / counts["all"] if tensor and len(known) == len(flop) else None))
+    return max(found, key=lambda loop: loop[0], default=(None, None, None))[1:]
 
 
 # Kernels ----------------------------------------------------------------------------------------------------------
@@ -243,6 +286,7 @@ def read_cubin(cubin: Path, arch: int, dynamic_shared: int = 0) -> list[dict]:
         x, y, z = (int(size, 16) for size in bounds.groups()) if bounds else (1024, 1, 1)
         blocks = resident_blocks(arch, x * y * z, registers, shared + dynamic_shared)
         counts = count(code)
+        loop, flop = hot_loop(code, -(-x * y * z // 32))
         kernels.append(
             {
                 "kernel": demangle(name),
@@ -257,7 +301,8 @@ def read_cubin(cubin: Path, arch: int, dynamic_shared: int = 0) -> list[dict]:
                 "blocks": blocks,  # per multiprocessor
                 "occupancy": round(blocks * x * y * z / LIMITS[arch].threads, 3),
                 "instructions": counts,
-                "hot_loop": hot_loop(code),
+                "hot_loop": loop,
+                "flop_per_instruction": flop,  # of a warp in the hot loop, by tensor instructions; None: not known
             }
         )
     return sorted(kernels, key=lambda kernel: kernel["kernel"])
@@ -289,11 +334,12 @@ def cuda_jobs(folder: Path, arch: int, version: str) -> list[Job]:
 
 
 @functools.cache
-def compilations(module: str) -> list[tuple]:
+def compilations(module: str, arch: int) -> list[tuple]:
     """Names, sources and options, as Triton's compiler takes them."""
     from triton.compiler import ASTSource
 
-    found = importlib.import_module(module).compilations()
+    of_module = importlib.import_module(module).compilations
+    found = of_module(arch) if inspect.signature(of_module).parameters else of_module()  # tiles may depend on it
     return [(c.name, ASTSource(c.kernel, c.signature, c.constexprs, c.attrs), c.options) for c in found]
 
 
@@ -302,7 +348,7 @@ def triton_jobs(pattern: str, arch: int, version: str) -> list[Job]:
     return [
         Job("", module, n, arch, key(name, source.hash(), options, arch, version))
         for module in modules
-        for n, (name, source, options) in enumerate(compilations(module))
+        for n, (name, source, options) in enumerate(compilations(module, arch))
         if re.search(pattern, name)
     ]
 
@@ -319,10 +365,12 @@ def work(job: Job) -> None:
             import triton
             from triton.backends.compiler import GPUTarget
 
-            same["kernel"], source, options = compilations(job.source)[job.index]
+            same["kernel"], source, options = compilations(job.source, job.arch)[job.index]
             compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
             cubin.write_bytes(compiled.asm["cubin"])
             shared = compiled.metadata.shared
+            same["tensor_memory"] = getattr(compiled.metadata, "tmem_size", 0)  # columns, of 512 on sm_100
+            same["products"] = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", compiled.asm["ptx"])))
         kernels = [kernel | same for kernel in read_cubin(cubin, job.arch, shared)]
     part = job.result.with_suffix(".part")
     part.write_text(json.dumps(kernels))
@@ -350,12 +398,16 @@ def report(jobs: list[Job]) -> list[dict]:
 
 # The table --------------------------------------------------------------------------------------------------------
 
-HEAD = "arch kernel regs spill shared threads blocks occup. of instr. gld gst sld sst shfl bar fp32 mufu cvt int mov br"
+HEAD = (
+    "arch kernel regs spill shared threads blocks occup. of instr. flop/i"
+    " gld gst async sld sst shfl bar fp32 mufu cvt int mov br"
+)
 
 
 def row(kernel: dict) -> list[str]:
     part = kernel["hot_loop"] or kernel["instructions"]
-    accesses = [widths(part, kind) for kind in ("global load", "global store", "shared load", "shared store")]
+    kinds = ("global load", "global store", "async copy", "shared load", "shared store")
+    accesses, flop = [widths(part, kind) for kind in kinds], kernel["flop_per_instruction"]
     names = ("shuffle", "barrier", "fp32", "special", "conversion", "integer", "move", "branch")
     return [
         f"sm_{kernel['arch']}",
@@ -368,6 +420,7 @@ def row(kernel: dict) -> list[str]:
         f"{kernel['occupancy']:.0%}",
         "loop" if kernel["hot_loop"] else "all",
         str(part["all"]),
+        "-" if flop is None else f"{flop:.0f}",
         *(" ".join(f"{size}x{n}" for size, n in found.items()) or "-" for found in accesses),
         *(str(part.get(name, 0)) for name in names),
     ]

@@ -25,8 +25,10 @@ RUNS = {
     "build=address": OPS,
     "build=ptx": OPS,
 }
-# Compiling takes longest: of the norms those that the others leave something out of, of the losses every feature once.
-TRITON = "triton_ptx and bfloat16 and (add or (cross_entropy and (plain or everything or ignored)))"
+# Compiling takes longest: of the norms those that the others leave something out of, of the rest every feature once;
+# of attention also many tiles, and keys that are split.
+LOSSES, ATTENTION = "cross_entropy and (plain or everything or ignored)", "attention and (everything or longer or many)"
+TRITON = f"triton_ptx and bfloat16 and (add or ({LOSSES}) or ({ATTENTION}))"
 # fp16's kernels are bf16's with another conversion; widths are for the first two runs.
 TESTS = "(emulator or cuda) and not -float16-"
 

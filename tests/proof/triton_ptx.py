@@ -28,8 +28,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
+from fastlm.ops.attention import op as attention
+from fastlm.ops.attention import triton as attention_kernels
 from fastlm.ops.cross_entropy import op as cross_entropy
-from fastlm.ops.cross_entropy.triton import KERNELS
+from fastlm.ops.cross_entropy import triton as cross_entropy_kernels
 from fastlm.ops.layer_norm import op
 from fastlm.ops.layer_norm import triton as layer_norm
 from fastlm.ops.registry import FLOATS
@@ -120,9 +122,16 @@ op.register(
 )
 cross_entropy.register(
     "triton_ptx",
-    lambda: KERNELS,
+    lambda: cross_entropy_kernels.KERNELS,
     devices={"cpu"},
     dtypes=FLOATS - {torch.float64},
     reasons=cross_entropy._gpu_reasons,
+    available=lambda: "",
+)
+attention.register(
+    "triton_ptx",
+    lambda: attention_kernels.KERNELS,
+    devices={"cpu"},
+    dtypes=FLOATS - {torch.float64},
     available=lambda: "",
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention import reference
+from fastlm.ops.attention import kernels, reference
 from fastlm.ops.checks import (
+    TENSORS,
     autocast_dtype,
     check_bool,
     check_integer,
@@ -18,7 +22,11 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.registry import Backend, Op
+from fastlm.ops.compiled import triton_devices, triton_missing
+from fastlm.ops.measured import fastest
+from fastlm.ops.registry import FLOATS, Backend, Op
+
+MAX_HEAD = 256  # dimension, of kernels
 
 
 class ScaledDotProductAttentionInputs(NamedTuple):
@@ -107,15 +115,20 @@ def scaled_dot_product_attention(
     Source: Vaswani et al. 2017 (arXiv 1706.03762); Dao 2023 (arXiv 2307.08691); Press et al. 2021 (arXiv 2108.12409).
     """
     op = "scaled_dot_product_attention"
-    left, right, dropout_p, scale, softcap = _check_options(
-        op, (query, key, value), dropout_p, is_causal, scale, window, softcap
-    )
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    _check_dense(op, query, key, value, attn_mask, enable_gqa)
-    _check_batch(op, query, key, alibi_slopes, key_lengths, return_lse)
     shape = None
-    if not query.dim() == key.dim() == value.dim() == 4 or not _same_batch(query, key, value, enable_gqa):
-        query, key, value, attn_mask, shape = _four_dimensions(op, query, key, value, attn_mask, enable_gqa)
+    extra = attn_mask is not None or window is not None or alibi_slopes is not None or key_lengths is not None
+    if not (extra or softcap or return_lse) and _usual(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+        left = right = -1
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+    else:
+        left, right, dropout_p, scale, softcap = _check_options(
+            op, (query, key, value), dropout_p, is_causal, scale, window, softcap
+        )
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+        _check_dense(op, query, key, value, attn_mask, enable_gqa)
+        _check_batch(op, query, key, alibi_slopes, key_lengths, return_lse)
+        if not query.dim() == key.dim() == value.dim() == 4 or not _same_batch(query, key, value, enable_gqa):
+            query, key, value, attn_mask, shape = _four_dimensions(op, query, key, value, attn_mask, enable_gqa)
     inputs = ScaledDotProductAttentionInputs(
         query, key, value, attn_mask, is_causal, scale, left, right, alibi_slopes, softcap,
         key_lengths, return_lse, dropout_p, None,
@@ -178,6 +191,30 @@ def varlen_attention(
 
 
 # Checks and shapes ------------------------------------------------------------------------------------------------
+
+
+def _usual(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> bool:
+    """Whether a call without further options is of the kind that needs no closer look: nearly all are."""
+    return (
+        type(query) in TENSORS
+        and type(key) in TENSORS
+        and type(value) in TENSORS
+        and query.dim() == 4
+        and key.shape == value.shape
+        and query.shape[:2] == key.shape[:2]
+        and 0 < query.shape[3] == key.shape[3]
+        and query.is_floating_point()
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+        and type(is_causal) is bool
+        and type(enable_gqa) is bool
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p <= 1.0
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+        and autocast_dtype(query) is None
+    )
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -440,6 +477,29 @@ def _beyond_bwd(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs)
     return ["gives no gradient of alibi_slopes"] if wanted else []
 
 
+def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> str:
+    """On a GPU ours for what torch's op lacks or takes as a mask only, which is memory quadratic in T; else whatever
+    measured.json says."""
+    packed = isinstance(inputs, VarlenAttentionInputs)  # which torch's op is not for
+    if not inputs.query.is_cpu and (packed or _native_lacks(inputs) or _needs_mask(inputs)):  # type: ignore[arg-type]
+        return "" if _kernel_reasons(inputs) else "triton"
+    return "" if torch.compiler.is_compiling() else fastest(op, inputs.query)
+
+
+def _key(inputs: ScaledDotProductAttentionInputs) -> tuple[Any, ...]:
+    query, mask = inputs.query, inputs.attn_mask
+    hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
+    size = query.shape[-1] > MAX_HEAD or inputs.value.shape[-1] > MAX_HEAD
+    grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    return query.device, query.dtype, hides, size, grad, not inputs.softcap, inputs.return_lse
+
+
+def _needs_mask(inputs: ScaledDotProductAttentionInputs) -> bool:
+    """Whether it is only by a mask made for the call that torch's op can do it."""
+    hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
+    return hides or inputs.alibi_slopes is not None or (inputs.attn_mask is not None and inputs.is_causal)
+
+
 SCALED_DOT_PRODUCT_ATTENTION = Op(
     "scaled_dot_product_attention",
     inputs=ScaledDotProductAttentionInputs,
@@ -457,6 +517,8 @@ SCALED_DOT_PRODUCT_ATTENTION = Op(
     fusable=False,
     draws=True,
     beyond_bwd=_beyond_bwd,
+    measured=functools.partial(_first, "scaled_dot_product_attention"),
+    key=_key,
 )
 
 VARLEN_ATTENTION = Op(
@@ -477,6 +539,7 @@ VARLEN_ATTENTION = Op(
     fusable=False,
     draws=True,
     beyond_bwd=_beyond_bwd,
+    measured=functools.partial(_first, "varlen_attention"),
 )
 
 
@@ -484,11 +547,8 @@ VARLEN_ATTENTION = Op(
 
 
 def _native_mask(inputs: ScaledDotProductAttentionInputs) -> Tensor | None:
-    """One mask for everything that torch's op takes only as a mask; None if there is no such thing."""
+    """One mask for everything that torch's op takes only as a mask; None if all is seen."""
     query, key, mask, lengths = inputs.query, inputs.key, inputs.attn_mask, inputs.key_lengths
-    plain = inputs.window_left < 0 and inputs.window_right < 0 and inputs.alibi_slopes is None and lengths is None
-    if plain and not (mask is not None and inputs.is_causal):
-        return mask
     queries, keys = query.shape[2], key.shape[2]
     offset: Tensor | int = 0 if lengths is None else (lengths.long() - queries)[:, None, None, None]
     seen = reference.visible(
@@ -516,18 +576,18 @@ def _all(masks: list[Tensor]) -> Tensor:
 
 
 def _native_attention(*args: Any) -> Tensor:
-    inputs = ScaledDotProductAttentionInputs(*args)
-    _check_key_lengths(inputs)
-    mask = _native_mask(inputs)
+    inputs = ScaledDotProductAttentionInputs._make(args)
+    query, key, value, mask, lengths = inputs.query, inputs.key, inputs.value, inputs.attn_mask, inputs.key_lengths
+    causal = inputs.is_causal
+    if _needs_mask(inputs):
+        _check_key_lengths(inputs)
+        key, value = reference.filled_only(key, value, lengths)
+        mask = _native_mask(inputs)
+        causal = causal and mask is None
     return torch.nn.functional.scaled_dot_product_attention(
-        inputs.query,
-        *reference.filled_only(inputs.key, inputs.value, inputs.key_lengths),
-        mask,
-        inputs.dropout_p,
-        inputs.is_causal and mask is None,
-        scale=inputs.scale,
-        enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
-    )
+        query, key, value, mask, inputs.dropout_p, causal, scale=inputs.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
 
 
 def _native_varlen(*args: Any) -> Tensor:
@@ -596,3 +656,70 @@ SCALED_DOT_PRODUCT_ATTENTION.register(
 )
 VARLEN_ATTENTION.register(Backend("native", reasons=_native_varlen_reasons, call=_native_varlen))
 VARLEN_ATTENTION.register(Backend("reference", fwd=_reference_varlen_fwd, bwd=reference.varlen_attention_bwd))
+
+
+# Backends: kernels ------------------------------------------------------------------------------------------------
+
+
+def _kernel_reasons(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+    mask = getattr(inputs, "attn_mask", None)
+    reasons = []
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        reasons.append("gives no gradient of attn_mask")
+    if (size := max(inputs.query.shape[-1], inputs.value.shape[-1])) > MAX_HEAD:
+        reasons.append(f"serves head dimensions up to {MAX_HEAD}, got {size}")
+    if inputs.query.is_cuda and (got := torch.cuda.get_device_capability(inputs.query.device)) < (8, 0):
+        reasons.append(f"needs a GPU of compute capability 8.0, got {got[0]}.{got[1]}")
+    return reasons
+
+
+def _copies(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+    tensors = {name: getattr(inputs, name) for name in ("query", "key", "value")}
+    return [f"{name}, of strides {x.stride()}" for name, x in tensors.items() if not kernels.is_ready(x)]
+
+
+def register(
+    name: str,
+    load: Callable[[], kernels.Kernels],
+    *,
+    devices: Iterable[str],
+    dtypes: frozenset[torch.dtype],
+    available: Callable[[], str],
+) -> None:
+    """Registers a backend of both functions that is two functions of a `Problem`.
+
+    Args:
+        name, dtypes, available: as in `Backend`.
+        load: gives the functions.
+        devices: device types served.
+    """
+
+    def backend(check: Callable[[Any], None], inputs: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Backend:
+        def checked_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+            check(inputs(*args))
+            return fwd(load(), *args)
+
+        return Backend(
+            name,
+            devices=frozenset(devices),
+            dtypes=dtypes,
+            reasons=_kernel_reasons,
+            fwd=checked_fwd,
+            bwd=lambda *args: bwd(load(), *args),
+            available=available,
+            copies=_copies,
+        )
+
+    SCALED_DOT_PRODUCT_ATTENTION.register(
+        backend(_check_key_lengths, ScaledDotProductAttentionInputs, kernels.dense_fwd, kernels.dense_bwd)
+    )
+    VARLEN_ATTENTION.register(backend(_check_lengths, VarlenAttentionInputs, kernels.packed_fwd, kernels.packed_bwd))
+
+
+def _triton() -> kernels.Kernels:
+    from fastlm.ops.attention import triton
+
+    return triton.KERNELS
+
+
+register("triton", _triton, devices=triton_devices(), dtypes=FLOATS - {torch.float64}, available=triton_missing)

@@ -14,7 +14,7 @@ Bytes per row of V logits of b bytes each, c for probabilities: forward (b + c)V
 (b + c)V may come from cache; backward (2b + c)V; 12 to 32 for the statistics, the loss and an index. Class weights come
 from cache. A row that is ignored is not read.
 
-Source: Milakov and Gimelshein 2018 (arXiv 1805.02867) for the running maximum; Moshier's Cephes for tanh.
+Source: Milakov and Gimelshein 2018 (arXiv 1805.02867) for the running maximum.
 """
 
 # mypy: allow-incomplete-defs, disable-error-code=assignment
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fastlm.ops.cross_entropy.kernels import Kernels, Options, check_range
 from fastlm.ops.rows import as_rows
-from fastlm.ops.triton_launch import Compilation, Launch, compilation, row_place, run
+from fastlm.ops.triton_launch import Compilation, Launch, compilation, exp, row_place, run, tanh
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 CHECKED = {"debug": True, "sanitize_overflow": False}  # the assertion is always compiled, and no checks of integers are
@@ -44,29 +44,13 @@ CHECKED = {"debug": True, "sanitize_overflow": False}  # the assertion is always
 
 
 @triton.jit
-def _tanh(y):
-    """To a few ulp everywhere: near 0 the other formula cancels."""
-    z = y * y
-    near = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = (near * z - 3.33332819422e-1) * z * y + y
-    far = 1.0 - 2.0 / (_exp(2.0 * tl.abs(y)) + 1.0)
-    return tl.where(tl.abs(y) < 0.625, near, tl.where(y < 0.0, -far, far))
-
-
-@triton.jit
-def _exp(x):
-    """Without a care for results below 2^-126, which `tl.exp` takes three instructions for: a third of forward's."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
 def _logits(place, mask, softcap):
     """x, -inf where there is none, and what the soft cap's derivative is formed from."""
     x = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
     if softcap is None:
         return x, x
     else:
-        ratio = _tanh(x / softcap)
+        ratio = tanh(x / softcap)
         return tl.where(mask, softcap * ratio, float("-inf")), ratio
 
 
@@ -102,7 +86,7 @@ def _factors(upstream, divisors, top, log, mass, z_loss):
     of_p = mass * scale
     if z_loss is not None:
         of_p += 2.0 * z_loss * (top + log) * z_scale
-    return of_p * _exp(-log), scale
+    return of_p * exp(-log), scale
 
 
 @triton.jit
@@ -111,7 +95,7 @@ def _store_gradient(
 ):  # fmt: skip
     """Writes exp(x - top) * of_exp - q * of_q, through the soft cap."""
     x, ratio = _logits(logits + column, mask, softcap)
-    value = _exp(x - top) * of_exp
+    value = exp(x - top) * of_exp
     if probabilities is not None or share is not None:
         value -= _spread(probabilities, weight, keep, share, column, mask) * of_q
     if probabilities is None:
@@ -179,7 +163,7 @@ def _fwd_kernel(
         mask = column < V
         x = _logits(logits + column, mask, softcap)[0]
         new_top = tl.maximum(top, tl.max(x, 0))
-        total = total * _exp(top - new_top) + tl.sum(_exp(x - new_top), 0)
+        total = total * exp(top - new_top) + tl.sum(exp(x - new_top), 0)
         if probabilities is not None or share is not None:
             q = _spread(probabilities, weight, keep, share, column, mask)
             dot += mass * tl.where(start > 0, top - new_top, 0.0) + tl.sum(tl.where(mask, q * (x - new_top), 0.0), 0)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fastlm.ops.philox import dropout_scale
 from fastlm.ops.rows import as_rows
-from fastlm.ops.triton_launch import Compilation, Launch, compilation, row_place, run
+from fastlm.ops.triton_launch import Compilation, Launch, compilation, keep_mask, row_place, run
 
 Shape = Sequence[int]
 
@@ -70,11 +70,7 @@ def _dropout(x, row, start, rng_state, threshold, scale, SIZE: tl.constexpr):
     if rng_state is None:
         return x
     else:
-        group = ((start // 4) + tl.arange(0, SIZE // 4)[None, :]).to(tl.uint32)
-        offset = tl.load(rng_state + 1).to(tl.uint32)
-        a, b, c, d = tl.philox(tl.load(rng_state), group, row.to(tl.uint32), (row >> 32).to(tl.uint32), offset)
-        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(x.shape)
-        keep = (words >= threshold.to(tl.uint32)) & (threshold < 4294967296)  # 2^32 is p = 1, and more than a word
+        keep = keep_mask(rng_state, row, start, threshold, SIZE)
         return tl.where(keep, x * scale, 0.0)
 
 
