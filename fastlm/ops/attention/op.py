@@ -117,7 +117,9 @@ def scaled_dot_product_attention(
     op = "scaled_dot_product_attention"
     shape = None
     extra = attn_mask is not None or window is not None or alibi_slopes is not None or key_lengths is not None
-    if not (extra or softcap or return_lse) and _usual(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+    if not (extra or softcap != 0.0 or return_lse) and _usual(
+        query, key, value, dropout_p, is_causal, scale, enable_gqa
+    ):
         left = right = -1
         scale = query.shape[3] ** -0.5 if scale is None else scale
     else:
@@ -398,9 +400,7 @@ def _check_lengths(inputs: VarlenAttentionInputs) -> None:
 def _check_key_lengths(inputs: ScaledDotProductAttentionInputs) -> None:
     """As `_check_lengths`."""
     lengths, keys = inputs.key_lengths, inputs.key.shape[2]
-    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling() or not lengths.numel():
-        return
-    if torch._C._are_functorch_transforms_active():
+    if lengths is None or lengths.device.type != "cpu" or not lengths.numel() or _only_traced():
         return
     low, high = (int(bound) for bound in lengths.aminmax())
     if low < 0 or high > keys:
@@ -577,17 +577,46 @@ def _all(masks: list[Tensor]) -> Tensor:
 
 def _native_attention(*args: Any) -> Tensor:
     inputs = ScaledDotProductAttentionInputs._make(args)
-    query, key, value, mask, lengths = inputs.query, inputs.key, inputs.value, inputs.attn_mask, inputs.key_lengths
-    causal = inputs.is_causal
-    if _needs_mask(inputs):
-        _check_key_lengths(inputs)
-        key, value = reference.filled_only(key, value, lengths)
-        mask = _native_mask(inputs)
-        causal = causal and mask is None
+    if not _needs_mask(inputs):
+        return _native_masked(inputs, inputs.attn_mask, inputs.is_causal)
+    _check_key_lengths(inputs)
+    lengths = inputs.key_lengths
+    if lengths is not None:
+        if lengths.is_cpu and lengths.numel() and not _only_traced():
+            return torch.cat([_native_filled(inputs, b, n) for b, n in enumerate(lengths.tolist())])
+        key, value = reference.filled_only(inputs.key, inputs.value, lengths)
+        inputs = inputs._replace(key=key, value=value)
+    mask = _native_mask(inputs)
+    return _native_masked(inputs, mask, inputs.is_causal and mask is None)
+
+
+def _native_masked(inputs: ScaledDotProductAttentionInputs, mask: Tensor | None, is_causal: bool) -> Tensor:
+    query, key, value, grouped = inputs.query, inputs.key, inputs.value, inputs.query.shape[1] != inputs.key.shape[1]
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, inputs.dropout_p, causal, scale=inputs.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, mask, inputs.dropout_p, is_causal, scale=inputs.scale, enable_gqa=grouped
+    )
+
+
+def _native_filled(inputs: ScaledDotProductAttentionInputs, b: int, n: int) -> Tensor:
+    """One sequence of the batch and the n keys that are filled of its cache: the others are not even looked at."""
+    own = slice(b, b + 1)
+    mask, slopes = inputs.attn_mask, inputs.alibi_slopes
+    if mask is not None:
+        mask = mask.expand(*inputs.query.shape[:3], inputs.key.shape[2])[own, :, :, :n]
+    if slopes is not None:
+        slopes = slopes[own] if slopes.dim() == 2 else slopes
+    one = inputs._replace(
+        query=inputs.query[own], key=inputs.key[own, :, :n], value=inputs.value[own, :, :n], attn_mask=mask,
+        alibi_slopes=slopes, key_lengths=torch.full((1,), n),
     )  # fmt: skip
+    if inputs.query.shape[2] == 1 and inputs.window_left < 0 and slopes is None:  # which sees all that is filled
+        return _native_masked(one, mask, False)
+    return _native_masked(one, _native_mask(one), False)
+
+
+def _only_traced() -> bool:
+    """Whether values cannot be looked at: a compiler or a function transform is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _native_varlen(*args: Any) -> Tensor:
