@@ -237,6 +237,21 @@ def test_a_cache_of_which_some_keys_are_filled_is_the_filled_part_aligned_at_its
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_nan_where_a_cache_is_not_filled_is_never_seen(queries, backend):
+    query, key, value = (normal(2, 2, n, 8).requires_grad_() for n in (queries, 9, 9))
+    lengths = torch.tensor([5, 9]).int()
+    unfilled = (torch.arange(9) >= lengths[:, None])[:, None, :, None]
+    answers = []
+    for fill in (0.0, math.nan):
+        cache = [x.masked_fill(unfilled, fill) for x in (key, value)]
+        output = attend(query, *cache, key_lengths=lengths, is_causal=True, backend=backend)
+        answers.append([output, *torch.autograd.grad(output.square().sum(), (query, key, value))])
+    for zeros, nans in zip(*answers, strict=True):
+        assert torch.equal(zeros, nans)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_upstream_gradient_past_2_to_the_31_elements_is_read_where_it_lies(backend):
     tensors = [normal(1, 1, 3, 4, dtype=torch.float32) for _ in range(3)]
     grad, gradients = normal(1, 1, 3, 4, dtype=torch.float32), []
