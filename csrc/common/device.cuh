@@ -154,6 +154,13 @@ __device__ inline void device_assert(bool holds, const char* message) {
 #endif
 }
 
+// x, of which the compiler knows nothing before: so that what follows from it is computed in a branch that is seldom
+// taken and not, in registers that others need, ahead of the loop around it.
+__device__ inline int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x, within 2 ulp.
 __device__ inline float exp2_approx(float x) {
   float y;

@@ -10,8 +10,8 @@ are listed as bytes per thread x instructions: `16x4 4x1` is four of 16 bytes an
 global to shared memory. `spill` is bytes stored to + loaded from local memory: registers, and arrays that are not in
 registers. bf16 to fp32 is a shift: integer.
 
-Where there are tensor instructions, the hot loop is the steady one: of the loops with most tensor FLOP the shortest
-(one that masks an edge is longer). `flop/i` is that FLOP per instruction of a warp, from the shapes in the code: of
+Where there are tensor instructions, the hot loop is the steady one: of the loops with most tensor FLOP the shortest, and
+of the ways through it the shortest (one that masks an edge is longer). `flop/i` is that FLOP per instruction of a warp, from the shapes in the code: of
 `HMMA.16816` it is 2 * 16 * 8 * 16; each of the four warps of `HGMMA.64x64x16` has a quarter of it; what one thread
 issues for its block, `UTCHMMA`, is shared by the block's warps, as if all ran the loop. `-` is not known.
 
@@ -154,8 +154,8 @@ def successors(code: list[Instruction]) -> list[set[int]]:
     return after
 
 
-def loops(code: list[Instruction]) -> list[set[int]]:
-    """Natural loops, as the instructions that they consist of."""
+def loops(code: list[Instruction]) -> dict[int, set[int]]:
+    """Natural loops: the instructions that they consist of, by their heads."""
     after, before, reached, stack = successors(code), defaultdict(list), set(), [0]
     while stack:
         n = stack.pop()
@@ -180,7 +180,35 @@ def loops(code: list[Instruction]) -> list[set[int]]:
                     if m not in body:
                         body.add(m)
                         stack += before[m]
-    return list(bodies.values())
+    return bodies
+
+
+def steady(code: list[Instruction], head: int, bodies: dict[int, set[int]], warps: int) -> list[int]:
+    """The way through a loop with most tensor FLOP, of those with most copies, and of those the shortest."""
+    after, order, seen = successors(code), [], set()
+    back = {(n, target) for target, body in bodies.items() for n in body if target in after[n]}
+    stack = [(head, False)]
+    while stack:  # depth first: what comes later is in `order` before
+        n, done = stack.pop()
+        if done:
+            order.append(n)
+        elif n not in seen:
+            seen.add(n)
+            stack.append((n, True))
+            stack += [(m, False) for m in after[n] & bodies[head] if (n, m) not in back]
+    best: dict[int, tuple[int, int, int, int]] = {}  # FLOP, copies, less instructions, the next one
+    for n in order:
+        own = tensor_flop(code[n].opcode, descriptor(code, n), warps) if classify(code[n]) == "tensor" else 0
+        ahead = [(*best[m][:3], m) for m in after[n] & bodies[head] if (n, m) not in back and m in best]
+        if head in after[n]:
+            ahead.append((0, 0, 0, -1))
+        if ahead:
+            flop, copies, less, following = max(ahead)
+            best[n] = flop + (own or 0), copies + classify(code[n]).startswith("async"), less - 1, following
+    way = [head]
+    while best[way[-1]][3] >= 0:
+        way.append(best[way[-1]][3])
+    return way
 
 
 def classify(instruction: Instruction) -> str:
@@ -237,9 +265,12 @@ def tensor_flop(opcode: str, described: int | None = None, warps: int = 1) -> in
 def hot_loop(code: list[Instruction], warps: int) -> tuple[dict[str, int] | None, float | None]:
     """What the hot loop consists of, and the tensor FLOP of each of its instructions."""
     bodies, found = loops(code), []
-    for body in bodies:
-        own = body - set().union(*(inner for inner in bodies if inner < body))
-        counts, tensor = count([code[n] for n in own]), [n for n in own if classify(code[n]) == "tensor"]
+    for head, body in bodies.items():
+        own = sorted(body - set().union(*(inner for inner in bodies.values() if inner < body)))
+        if tensor := [n for n in own if classify(code[n]) == "tensor"]:
+            own = steady(code, head, bodies, warps)
+            tensor = [n for n in own if classify(code[n]) == "tensor"]
+        counts = count([code[n] for n in own])
         flop = [tensor_flop(code[n].opcode, descriptor(code, n), warps) for n in tensor]
         known = [one for one in flop if one is not None]
         order = (0, moved(counts, "global load", "global store", "async copy"), counts["all"], 0)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 FAR = 1 << 30  # a window as wide as this is open: no sequence is as long
+DECODE = 16  # queries of a sequence, up to which the heads that share a key head are one tile, and the keys are split
+BLOCKS = 512  # up to which keys are split: some for each multiprocessor of any GPU
 
 
 class Problem(NamedTuple):
@@ -50,6 +52,11 @@ class Kernels(NamedTuple):
     fwd: Callable[[Problem, Tensor, Tensor], None]  # fills output [B, H, T_q, D_v] and lse [B, H, T_q] in fp32
     bwd: Callable[..., None]
     """(Problem, grad_output, output, lse, grad_query, grad_key, grad_value): fills the gradients that are not None."""
+
+
+def splits(keys: int, tile: int, blocks: int) -> int:
+    """Into how many parts decoding divides the keys: the same on every GPU."""
+    return max(1, min(-(-keys // (4 * tile)), BLOCKS // max(1, blocks)))
 
 
 def ready(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops.attention import kernels, reference
+from fastlm.ops.attention import kernels, launch, reference
 from fastlm.ops.checks import (
     TENSORS,
     autocast_dtype,
@@ -22,11 +22,12 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.compiled import triton_devices, triton_missing
+from fastlm.ops.compiled import CUDA, Launchers, triton_devices, triton_missing
 from fastlm.ops.measured import fastest
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 MAX_HEAD = 256  # dimension, of kernels
+MAX_HEAD_CUDA = 128
 
 
 class ScaledDotProductAttentionInputs(NamedTuple):
@@ -702,9 +703,15 @@ def _kernel_reasons(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
     return reasons
 
 
-def _copies(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
-    tensors = {name: getattr(inputs, name) for name in ("query", "key", "value")}
-    return [f"{name}, of strides {x.stride()}" for name, x in tensors.items() if not kernels.is_ready(x)]
+def _cuda_reasons(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+    reasons = _kernel_reasons(inputs)
+    if getattr(inputs, "attn_mask", None) is not None:
+        reasons.append("takes no attn_mask; the backend triton does")
+    sizes = (inputs.query.shape[-1], inputs.value.shape[-1])
+    if any(size % 8 or not 8 <= size <= MAX_HEAD_CUDA for size in sizes):
+        need = f"multiples of 8 up to {MAX_HEAD_CUDA}"
+        reasons.append(f"serves head dimensions that are {need}, got {' and '.join(map(str, dict.fromkeys(sizes)))}")
+    return reasons
 
 
 def register(
@@ -714,14 +721,21 @@ def register(
     devices: Iterable[str],
     dtypes: frozenset[torch.dtype],
     available: Callable[[], str],
+    reasons: Callable[[Any], list[str]] = _kernel_reasons,
+    is_ready: Callable[[Tensor], bool] = kernels.is_ready,
 ) -> None:
     """Registers a backend of both functions that is two functions of a `Problem`.
 
     Args:
-        name, dtypes, available: as in `Backend`.
+        name, dtypes, available, reasons: as in `Backend`.
         load: gives the functions.
         devices: device types served.
+        is_ready: whether query, key or value is read as it lies.
     """
+
+    def copies(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> list[str]:
+        tensors = {name: getattr(inputs, name) for name in ("query", "key", "value")}
+        return [f"{name}, of strides {x.stride()}" for name, x in tensors.items() if not is_ready(x)]
 
     def backend(check: Callable[[Any], None], inputs: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Backend:
         def checked_fwd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -732,11 +746,11 @@ def register(
             name,
             devices=frozenset(devices),
             dtypes=dtypes,
-            reasons=_kernel_reasons,
+            reasons=reasons,
             fwd=checked_fwd,
             bwd=lambda *args: bwd(load(), *args),
             available=available,
-            copies=_copies,
+            copies=copies,
         )
 
     SCALED_DOT_PRODUCT_ATTENTION.register(
@@ -745,10 +759,24 @@ def register(
     VARLEN_ATTENTION.register(backend(_check_lengths, VarlenAttentionInputs, kernels.packed_fwd, kernels.packed_bwd))
 
 
+def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None:
+    """Registers the CUDA kernels as a backend."""
+    register(
+        name,
+        functools.cache(lambda: launch.kernels(launchers)),
+        devices={device},
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        available=launchers.missing,
+        reasons=_cuda_reasons,
+        is_ready=launch.is_aligned,
+    )
+
+
 def _triton() -> kernels.Kernels:
     from fastlm.ops.attention import triton
 
     return triton.KERNELS
 
 
+register_cuda("cuda", CUDA)
 register("triton", _triton, devices=triton_devices(), dtypes=FLOATS - {torch.float64}, available=triton_missing)

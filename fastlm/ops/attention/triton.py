@@ -37,13 +37,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.ops.attention.kernels import Kernels, Problem, dense
+from fastlm.ops.attention import kernels
+from fastlm.ops.attention.kernels import DECODE, Kernels, Problem, dense
 from fastlm.ops.philox import dropout_scale
 from fastlm.ops.triton_launch import Compilation, Launch, compilation, exp, keep_mask, run, tanh
 
 LOG2E = 1.4426950408889634
-DECODE = 16  # queries of a sequence
-DECODE_PROGRAMS = 512  # as many as the splits of a decoding call may make: some for each multiprocessor of any GPU
 
 
 # Parts of kernels -------------------------------------------------------------------------------------------------
@@ -797,11 +796,6 @@ def _configuration(kernel: str, problem: Problem, architecture: int) -> Tiles:
     return tiles(kernel, architecture, problem.query.dtype, width, busy)
 
 
-def _splits(problem: Problem, config: Tiles, programs: int) -> int:
-    """Into how many parts decoding divides the keys: the same on every GPU."""
-    return max(1, min(triton.cdiv(problem.max_seqlen_k, 4 * config.block_n), DECODE_PROGRAMS // max(1, programs)))
-
-
 def plan_fwd(problem: Problem, output: Tensor, lse: Tensor, architecture: int) -> list[Launch]:
     query, key = problem.query, problem.key
     packed = problem.max_seqlen_q <= DECODE
@@ -812,7 +806,7 @@ def plan_fwd(problem: Problem, output: Tensor, lse: Tensor, architecture: int) -
         config = config._replace(block_m=min(64, max(16, triton.next_power_of_2(rows))))
     tiles_ = triton.cdiv(rows, config.block_m)
     programs = tiles_ * heads * problem.sequences
-    splits = _splits(problem, config, programs) if packed else 1
+    splits = kernels.splits(problem.max_seqlen_k, config.block_n, programs) if packed else 1
     to, to_lse = output, lse
     if splits > 1:
         to = output.new_empty((splits, *output.shape), dtype=torch.float32)

@@ -200,6 +200,8 @@ FASTLM_INLINE void device_assert(bool holds, const char* message, FASTLM_PLACE) 
   if (!holds) emulator::fail(message, file, line);
 }
 
+FASTLM_INLINE int not_before(int x) { return x; }
+
 FASTLM_INLINE float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
 
 }  // namespace fastlm
