@@ -88,11 +88,11 @@ struct AttentionBwdParams : AttentionProblem {
 
   using P = AttentionBwdParams;
   static constexpr auto fields() {
-    return std::tuple_cat(AttentionProblem::fields(),
-                          std::make_tuple(&P::grad_output, &P::output, &P::lse, &P::stats, &P::partial, &P::grad_query,
-                                          &P::grad_key, &P::grad_value, &P::grad_output_strides, &P::output_strides,
-                                          &P::grad_query_strides, &P::grad_key_strides, &P::grad_value_strides,
-                                          &P::splits));
+    return std::tuple_cat(
+        AttentionProblem::fields(),
+        std::make_tuple(&P::grad_output, &P::output, &P::lse, &P::stats, &P::partial, &P::grad_query, &P::grad_key,
+                        &P::grad_value, &P::grad_output_strides, &P::output_strides, &P::grad_query_strides,
+                        &P::grad_key_strides, &P::grad_value_strides, &P::splits));
   }
 };
 

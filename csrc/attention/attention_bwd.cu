@@ -2,11 +2,11 @@
 //
 // First a pass over rows leaves the log-sum-exp in units of log2, and delta, by the same products as the gradient of
 // probabilities: so a row that looks at one key has a gradient of exactly 0, and not what two orders of adding leave.
-// Then a block has tiles of 128 keys, with
-// 16 keys to a warp, and walks over the tiles of queries that see any of them, of all heads that share the key head,
-// which come by cp.async while others are multiplied. Scores and their gradient are formed with keys along the rows, so
-// that they are, as they stand in registers, the first factors of the products for grad_value and grad_key, which stay
-// in registers too. For grad_query the gradient of scores goes through shared memory.
+// Then a block has tiles of 128 keys, with 16 keys to a warp, and walks over the tiles of queries that see any of them,
+// of all heads that share the key head, which come by cp.async while others are multiplied. Scores and their gradient
+// are formed with keys along the rows, so that they are, as they stand in registers, the first factors of the products
+// for grad_value and grad_key, which stay in registers too. For grad_query the gradient of scores goes through shared
+// memory.
 //
 // Deterministic: a block adds to a sum of its own of grad_query, in fp32, in the order of its keys; in the end these
 // sums, of which there are as many as blocks to a key head, are added in order. A thread alone adds to what is its own:
@@ -42,9 +42,9 @@ struct Shape {
   static constexpr int kGradScores = kBuffers + 2 * kBufferBytes;
   static constexpr int kSharedBytes = kGradScores + kKeys * kQueries * 2;
   static_assert(kBuffers <= 2 * kBufferBytes && kQueries <= kMaxQueryTile, "a tile of values fits where queries come");
-  // Of the gradient of a tile of queries each warp has 16 rows and some columns.
+  // Of the gradient of a tile of queries each warp has 16 rows, and of the columns by sixteens one of kWarps.
   static constexpr int kSlices = kQueries / 16;
-  static constexpr int kColumns = kWidth / 8 * kSlices / 8;
+  static constexpr int kWarps = 8 / kSlices, kStep = kWarps * 2, kColumns = kWidth / 8 / kWarps;
 };
 
 struct Bwd {
@@ -53,17 +53,6 @@ struct Bwd {
   Dropout dropout;
   float scale;
   int tiles;  // of queries, of the longest sequence
-};
-
-// A warp's part of the gradient of a tile of queries.
-template <int kWidth>
-struct QueryPart {
-  int row, column;  // its first, of the tile; columns by eights
-  __device__ QueryPart() {
-    const int warp = threadIdx.x / 32;
-    row = warp % Shape<kWidth>::kSlices * 16;
-    column = warp / Shape<kWidth>::kSlices * Shape<kWidth>::kColumns;
-  }
 };
 
 // This thread's place in a sum of the gradient of queries: tile after tile, as the fragments are in registers.
@@ -84,6 +73,7 @@ constexpr int kStatThreads = kStatRows * 2;
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kStatThreads) attention_stats_kernel(const __grid_constant__ Bwd f) {
+  if (!kAtLeastSm80) return device_assert(false, "attention needs compute capability 8.0");
   constexpr int kTileBytes = kStatRows * kWidth * 2;
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
   const AttentionBwdParams& p = f.p;
@@ -107,10 +97,11 @@ __global__ void __launch_bounds__(kStatThreads) attention_stats_kernel(const __g
   cp_async_wait<0>();
   __syncthreads();
   uint32_t output[1][kWidth / 16][4];
-  load_rows<kWidth>(output, shared, 0, warp_row, lane);
+  load_rows<kWidth>(output, shared, warp_row * kWidth * 2 + Tile<kWidth>::down(lane));
   float products[1][2][4];
   set(products, 0.0f);
-  multiply_rows<T, kWidth>(products, from_registers(output), shared, kTileBytes + warp_row * kWidth * 2, lane);
+  multiply_rows<T, kWidth>(products, from_registers(output), shared,
+                           kTileBytes + warp_row * kWidth * 2 + Tile<kWidth>::along(lane));
   // Of the 16 x 16 products those of a row with itself.
   if (lane % 4 != lane / 8) return;
 #pragma unroll
@@ -125,17 +116,20 @@ __global__ void __launch_bounds__(kStatThreads) attention_stats_kernel(const __g
 
 // Gradients --------------------------------------------------------------------------------------------------------
 
-// What is not a product: scores, and the gradient of what the soft cap is given. Rows are keys.
+// All that makes scores of products but the scale, if that is all there is; and the gradient of what the soft cap is
+// given, of which delta will be subtracted. Rows are keys.
 template <int N>
 __device__ void finish_scores(const Bwd& f, const Sequence& sequence, int head, float (&s)[1][N][4],
-                              float (&grad)[1][N][4], int first_key, int first_query, bool edge, int lane) {
+                              float (&grad)[1][N][4], const float* delta, int first_key, int first_query, bool edge,
+                              int lane) {
   const auto query = [&](int n, int e) { return first_query + n * 8 + lane % 4 * 2 + e % 2; };
   const auto key = [&](int e) { return first_key + e / 2 * 8 + lane / 4; };
   if (f.scores.capped()) {
     for_each_element<1, N>([&](int m, int n, int e) {
+      const float less = delta[n * 8 + lane % 4 * 2 + e % 2];
       float slope;
       s[m][n][e] = f.scores.cap(s[m][n][e], slope);
-      grad[m][n][e] *= slope;
+      grad[m][n][e] = (grad[m][n][e] - less) * slope + less;
     });
   } else if (f.scores.general()) {
     for_each_element<1, N>([&](int m, int n, int e) { s[m][n][e] = f.scores.scaled(s[m][n][e]); });
@@ -160,8 +154,7 @@ __device__ uint32_t drop_all(const Bwd& f, float (&grad)[1][N][4], int64_t row, 
   uint32_t all = 0;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const uint32_t kept =
-        kept_of_columns(f.dropout, f.p.rng_state, row + n * 8 + lane % 4 * 2, first_key, lane);
+    const uint32_t kept = kept_of_columns(f.dropout, f.p.rng_state, row + n * 8 + lane % 4 * 2, first_key, lane);
     all |= kept << n * 4;
 #pragma unroll
     for (int e = 0; e < 4; ++e) grad[0][n][e] = f.dropout(grad[0][n][e], kept >> e & 1);
@@ -171,13 +164,20 @@ __device__ uint32_t drop_all(const Bwd& f, float (&grad)[1][N][4], int64_t row, 
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid_constant__ Bwd f) {
+  if (!kAtLeastSm80) return device_assert(false, "attention needs compute capability 8.0");
   using S = Shape<kWidth>;
   constexpr int N = S::kQueries / 8;
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
   const AttentionBwdParams& p = f.p;
   const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * 16;
-  unsigned char* const grad_scores = shared + S::kGradScores;
-  const QueryPart<kWidth> part;
+  // Where this lane finds what products take: rows of keys and values; columns of keys; and of the gradient of scores.
+  using GradScores = Tile<S::kQueries>;
+  const int along = not_before(Tile<kWidth>::along(lane)), down = not_before(Tile<kWidth>::down(lane));
+  const int own_rows = warp_key * kWidth * 2 + down;
+  const int columns = Tile<kWidth>::moved(down, 0, threadIdx.x / 32 / S::kSlices * 2);
+  const int grad_columns =
+      S::kGradScores + GradScores::moved(GradScores::along(lane), 0, threadIdx.x / 32 % S::kSlices * 2);
+  const int grad_element = S::kGradScores + GradScores::element(warp_key, lane);
 
   const int split = blockIdx.x % p.splits, kv_head = blockIdx.x / p.splits % p.kv_heads;
   const Sequence sequence(p, blockIdx.x / p.splits / p.kv_heads);
@@ -198,14 +198,13 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
     cp_async_wait<0>();
     __syncthreads();
     uint32_t k[1][S::kKeysInRegisters ? kWidth / 16 : 1][4], v[1][kWidth / 16][4];
-    if constexpr (S::kKeysInRegisters) load_rows<kWidth>(k, shared, 0, warp_key, lane);
-    load_rows<kWidth>(v, shared, S::kBuffers, warp_key, lane);
-    const auto keys = [&](int step, uint32_t(&left)[1][4]) {
+    if constexpr (S::kKeysInRegisters) load_rows<kWidth>(k, shared, own_rows);
+    load_rows<kWidth>(v, shared, S::kBuffers + own_rows);
+    const auto keys = [&](int step, uint32_t (&left)[1][4]) {
       if constexpr (S::kKeysInRegisters) {
         from_registers(k)(step, left);
       } else {
-        const int place = Tile<kWidth>::down(lane) + warp_key * Tile<kWidth>::kRowBytes;
-        ldmatrix<4>(left[0], shared + Tile<kWidth>::moved(place, 0, step * 2));
+        ldmatrix<4>(left[0], shared + Tile<kWidth>::moved(own_rows, 0, step * 2));
       }
     };
     float grad_key[1][kWidth / 8][4], grad_value[1][kWidth / 8][4];
@@ -214,20 +213,24 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
     __syncthreads();  // all have their values: queries come where these were
 
     const Tiles queries = sequence.that_see(first_key, first_key + kKeys - 1, S::kQueries);
+    // Tiles of queries whose scores are products, times the scale.
+    const Tiles plain = f.scores.general() || p.rng_state != nullptr
+                            ? Tiles{0, 0}
+                            : sequence.that_all_see(first_key, first_key + kKeys - 1, S::kQueries);
+    // Tiles of queries that saw keys of this block before: those whose sums have begun.
+    const int before = first_key - p.splits * kKeys;
+    const int earlier = before < 0 ? 0 : sequence.that_see(before, before + kKeys - 1, S::kQueries).stop;
     Source query(static_cast<const T*>(p.query), 0, 0, 0, 0), grad_output = query;
     const float* stats = p.stats;
-    int next_head = kv_head * group, next_tile = queries.start;
-    const auto fill = [&](unsigned char* buffer) {  // with the next tile, if there is one
-      if (next_head == (kv_head + 1) * group) return;
-      const int first = next_tile * S::kQueries;
-      if (next_tile == queries.start) {
-        query = Source(sequence.query_rows(static_cast<const T*>(p.query), p.query_strides, next_head),
+    const auto fill = [&](unsigned char* buffer, int head, int at) {
+      const int first = at * S::kQueries;
+      if (at == queries.start) {
+        query = Source(sequence.query_rows(static_cast<const T*>(p.query), p.query_strides, head),
                        p.query_strides.at[2], first, sequence.queries, p.head_dim);
-        stats = p.stats + sequence.row(p, next_head) + first + threadIdx.x % S::kQueries;
+        grad_output = Source(sequence.query_rows(static_cast<const T*>(p.grad_output), p.grad_output_strides, head),
+                             p.grad_output_strides.at[2], first, sequence.queries, p.value_dim);
+        stats = p.stats + sequence.row(p, head) + first + threadIdx.x % S::kQueries;
         if (threadIdx.x >= S::kQueries) stats += int64_t{p.batch} * p.heads * p.queries;
-        grad_output = Source(
-            sequence.query_rows(static_cast<const T*>(p.grad_output), p.grad_output_strides, next_head),
-            p.grad_output_strides.at[2], first, sequence.queries, p.value_dim);
       }
       query.template copy<S::kQueries>(buffer);
       grad_output.template copy<S::kQueries>(buffer + S::kQueryBytes);
@@ -237,20 +240,18 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
         stats += S::kQueries;
       }
       cp_async_commit();
-      if (++next_tile == queries.stop) {
-        next_tile = queries.start;
-        ++next_head;
-      }
     };
 
-    int now = S::kBuffers;
-    if (queries.start < queries.stop) fill(shared + now);
-    const int count = (queries.stop - queries.start) * group;
+    const int last_head = queries.start < queries.stop ? (kv_head + 1) * group : 0;
+    int now = S::kBuffers, head = kv_head * group, at = queries.start;
     float* sum = p.partial;
-    for (int step = 0, head = kv_head * group, at = queries.start; step < count; ++step) {
+    if (head < last_head) fill(shared + now, head, at);
+    while (head < last_head) {
+      const bool wraps = at + 1 == queries.stop;
+      const int next_head = wraps ? head + 1 : head, next = wraps ? queries.start : at + 1;
       cp_async_wait<0>();
       __syncthreads();  // all see this tile, and none reads any more what lies where the next one goes
-      fill(shared + (2 * S::kBuffers + S::kBufferBytes - now));
+      if (next_head < last_head) fill(shared + (2 * S::kBuffers + S::kBufferBytes - now), next_head, next);
       const float* const minus_lse = reinterpret_cast<const float*>(shared + now + 2 * S::kQueryBytes);
       const float* const delta = minus_lse + S::kQueries;
       const int first_query = at * S::kQueries;
@@ -258,32 +259,26 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
       float s[1][N][4], grad[1][N][4];  // the second of probabilities, then of scores
       set(s, 0.0f);
       set(grad, 0.0f);
-      multiply_rows<T, kWidth>(s, keys, shared, now, lane);
-      multiply_rows<T, kWidth>(grad, from_registers(v), shared, now + S::kQueryBytes, lane);
+      multiply_rows<T, kWidth>(s, keys, shared, now + along);
+      multiply_rows<T, kWidth>(grad, from_registers(v), shared, now + S::kQueryBytes + along);
       uint32_t kept = 0;
-      if (p.rng_state != nullptr) {
-        const int64_t row = sequence.row(p, head) + first_query;
-        kept = drop_all(f, grad, row, first_key + warp_key, not_before(lane));
+      if (!plain.have(at)) {
+        const int own_lane = not_before(lane), own_key = first_key + warp_key;
+        if (p.rng_state != nullptr) {
+          kept = drop_all(f, grad, sequence.row(p, head) + first_query, own_key, own_lane);
+        }
+        const Tiles whole = sequence.that_all_see(first_key, first_key + kKeys - 1, S::kQueries);
+        finish_scores(f, sequence, head, s, grad, delta, own_key, first_query, !whole.have(at), own_lane);
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        float two[2];
-        load<2>(delta + n * 8 + lane % 4 * 2, two);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grad[0][n][e] -= two[e % 2];
-      }
-      const bool edge = !sequence.all_see(first_query, first_query + S::kQueries - 1, first_key, first_key + kKeys - 1);
-      if (edge || f.scores.general()) {
-        finish_scores(f, sequence, head, s, grad, first_key + warp_key, first_query, edge, not_before(lane));
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float two[2];
-        load<2>(minus_lse + n * 8 + lane % 4 * 2, two);
+        float less[2], deltas[2];
+        load<2>(minus_lse + n * 8 + lane % 4 * 2, less);
+        load<2>(delta + n * 8 + lane % 4 * 2, deltas);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], f.scores.unit, two[e % 2]));
-          grad[0][n][e] *= s[0][n][e];
+          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], f.scores.unit, less[e % 2]));
+          grad[0][n][e] = s[0][n][e] * (grad[0][n][e] - deltas[e % 2]);
         }
       }
       uint32_t probabilities[1][N / 2][4], grads[1][N / 2][4];
@@ -298,42 +293,40 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
       }
 #pragma unroll
       for (int n = 0; n < 2 * N; ++n) {
-        const int place = Tile<S::kQueries>::place(warp_key + n % 2 * 8 + lane / 4, n / 2) + lane % 4 * 4;
-        *reinterpret_cast<uint32_t*>(grad_scores + place) = grads[0][n / 4][n % 4];
+        const int place = GradScores::moved(grad_element, n % 2 * 8, n / 2);
+        *reinterpret_cast<uint32_t*>(shared + place) = grads[0][n / 4][n % 4];
       }
-      multiply_columns<T, kWidth, N / 2>(grad_value, from_registers(probabilities), shared, now + S::kQueryBytes, lane);
-      multiply_columns<T, kWidth, N / 2>(grad_key, from_registers(grads), shared, now, lane);
+      multiply_columns<T, kWidth, N / 2>(grad_value, from_registers(probabilities), shared,
+                                         now + S::kQueryBytes + down);
+      multiply_columns<T, kWidth, N / 2>(grad_key, from_registers(grads), shared, now + down);
 
       __syncthreads();  // all see the gradient of scores; the next barrier is before any is written again
       if (p.grad_query != nullptr) {
         if (at == queries.start) sum = partial_sum<kWidth>(p, sequence, split, head, at);
         float grad_query[1][S::kColumns][4];
-        const bool first = tile < p.splits || !sequence.any_sees(first_query, first_key - (p.splits - 1) * kKeys - 1);
         set(grad_query, 0.0f);
-        if (!first) {
+        if (at < earlier) {
 #pragma unroll
           for (int n = 0; n < S::kColumns; ++n) load<4>(sum + n * 128, grad_query[0][n]);
         }
-        const int place = Tile<S::kQueries>::moved(Tile<S::kQueries>::along(lane), 0, part.row / 8);
-        const auto columns = [&](int step, uint32_t(&left)[1][4]) {
-          ldmatrix_trans<4>(left[0], grad_scores + Tile<S::kQueries>::moved(place, step * 16, 0));
+        const auto rows_of_queries = [&](int step, uint32_t (&left)[1][4]) {
+          ldmatrix_trans<4>(left[0], shared + GradScores::moved(grad_columns, step * 16, 0));
         };
-        multiply_columns<T, kWidth, kKeys / 16>(grad_query, columns, shared, 0, lane, part.column);
+        multiply_columns<T, kWidth, kKeys / 16, S::kStep>(grad_query, rows_of_queries, shared, columns);
 #pragma unroll
         for (int n = 0; n < S::kColumns; ++n) store<4>(sum + n * 128, grad_query[0][n]);
         sum += S::kQueries * kWidth;
       }
       now = 2 * S::kBuffers + S::kBufferBytes - now;
-      if (++at == queries.stop) {
-        at = queries.start;
-        ++head;
-      }
+      head = next_head;
+      at = next;
     }
 
     __syncthreads();
     const float key_scale = f.scale, value_scale = f.dropout.scale;
-    store_rows<T, kWidth>(shared, warp_key, 0, grad_key[0], key_scale, key_scale, lane);
-    store_rows<T, kWidth>(shared + S::kBuffers, warp_key, 0, grad_value[0], value_scale, value_scale, lane);
+    const int element = Tile<kWidth>::element(warp_key, lane);
+    store_rows<T, kWidth>(shared, element, grad_key[0], key_scale, key_scale);
+    store_rows<T, kWidth>(shared, S::kBuffers + element, grad_value[0], value_scale, value_scale);
     __syncthreads();
     const auto write = [&](const unsigned char* from, void* tensor, const Four& strides, int columns) {
       if (tensor == nullptr) return;
@@ -369,8 +362,9 @@ __global__ void __launch_bounds__(kThreads) attention_grad_query_kernel(const __
       for (int e = 0; e < 4; ++e) sums[n][e] += four[e];
     }
   }
-  const QueryPart<kWidth> part;
-  store_rows<T, kWidth>(shared, part.row, part.column, sums, f.scale, f.scale, threadIdx.x % 32);
+  const int warp = threadIdx.x / 32, element = Tile<kWidth>::element(warp % S::kSlices * 16, threadIdx.x % 32);
+  store_rows<T, kWidth, S::kStep>(shared, Tile<kWidth>::moved(element, 0, warp / S::kSlices * 2), sums, f.scale,
+                                  f.scale);
   __syncthreads();
   T* const to = sequence.query_rows(static_cast<T*>(p.grad_query), p.grad_query_strides, head) +
                 first * p.grad_query_strides.at[2];
@@ -394,8 +388,8 @@ const char* start_bwd(Bwd f, int device, void* stream) {
   const char* error = launch(attention_stats_kernel<T, kWidth>, grid(row_blocks), kStatThreads, f, device, stream,
                              2 * kStatRows * kWidth * 2);
   if (error == nullptr) {
-    error = launch(attention_bwd_kernel<T, kWidth>, grid(blocks), kThreads, f, device, stream,
-                   Shape<kWidth>::kSharedBytes);
+    error =
+        launch(attention_bwd_kernel<T, kWidth>, grid(blocks), kThreads, f, device, stream, Shape<kWidth>::kSharedBytes);
   }
   if (error == nullptr && p.grad_query != nullptr) {
     error = launch(attention_grad_query_kernel<T, kWidth>, grid(query_blocks), kThreads, f, device, stream,

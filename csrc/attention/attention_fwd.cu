@@ -107,7 +107,7 @@ __device__ void drop_all(const Fwd& f, const Sequence& sequence, const BlockRows
 #pragma unroll
     for (int n = 0; n < 2 * K; ++n) {
       const uint32_t kept = kept_of_rows(f.dropout, f.p.rng_state, number[0], number[1], first_key + n * 8, lane);
-      uint32_t(&a)[4] = p[m][n / 2];
+      uint32_t (&a)[4] = p[m][n / 2];
       a[n % 2 * 2] = drop(a[n % 2 * 2], kept);
       a[n % 2 * 2 + 1] = drop(a[n % 2 * 2 + 1], kept >> 2);
     }
@@ -117,6 +117,7 @@ __device__ void drop_all(const Fwd& f, const Sequence& sequence, const BlockRows
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(Shape<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
     attention_fwd_kernel(const __grid_constant__ Fwd f) {
+  if (!kAtLeastSm80) return device_assert(false, "attention needs compute capability 8.0");
   constexpr int M = Shape<kWidth>::kRowTiles, kThreads = Shape<kWidth>::kThreads;
   constexpr int kTileBytes = Shape<kWidth>::kTileBytes;
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
@@ -136,6 +137,8 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
 
   const T* const query = static_cast<const T*>(p.query);
   Tiles keys = sequence.seen_by(first_query, last_query, kKeys);
+  const Tiles whole = sequence.all_seen_by(first_query, last_query, kKeys);
+  const Tiles plain = f.scores.general() ? Tiles{0, 0} : whole;  // where scores are products, times the scale
   const int part = (keys.stop - keys.start + p.splits - 1) / p.splits;
   keys.start += blockIdx.y * part;
   keys.stop = min(keys.stop, keys.start + part);
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
   cp_async_wait<0>();
   __syncthreads();
   uint32_t q[M][kWidth / 16][4];
-  load_rows<kWidth>(q, shared, 2 * kTileBytes, warp_row, lane);
+  load_rows<kWidth>(q, shared, 2 * kTileBytes + warp_row * kWidth * 2 + Tile<kWidth>::down(lane));
 
   float output[M][kWidth / 8][4];
   set(output, 0.0f);
@@ -172,15 +175,17 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
     if (t + 1 < keys.stop) fill(shared + (2 * kTileBytes - now));
     if (rows.exists(warp_row)) {
       const int first_key = t * kKeys;
-      const bool edge = !sequence.all_see(first_query, last_query, first_key, first_key + kKeys - 1);
       float s[M][kKeys / 8][4];
       uint32_t a[M][kKeys / 16][4];
       set(s, 0.0f);
-      multiply_rows<T, kWidth>(s, from_registers(q), shared, now, lane);
-      if (edge || f.scores.general()) finish_scores(f, sequence, rows, s, warp_row, first_key, edge, not_before(lane));
+      multiply_rows<T, kWidth>(s, from_registers(q), shared, now + Tile<kWidth>::along(lane));
+      if (!plain.have(t)) {
+        finish_scores(f, sequence, rows, s, warp_row, first_key, !whole.have(t), not_before(lane));
+      }
       softmax(s, f.scores.unit, a, output);
       if (p.rng_state != nullptr) drop_all(f, sequence, rows, a, warp_row, first_key, not_before(lane));
-      multiply_columns<T, kWidth, kKeys / 16>(output, from_registers(a), shared, now + kTileBytes, lane);
+      multiply_columns<T, kWidth, kKeys / 16>(output, from_registers(a), shared,
+                                              now + kTileBytes + Tile<kWidth>::down(lane));
     }
     now = 2 * kTileBytes - now;
   }
@@ -207,7 +212,7 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
         if (column < p.value_dim) store<2>(p.parts + all * p.value_dim + column, two);
       }
     }
-    store_rows<T, kWidth>(shared, warp_row + m * 16, 0, output[m], factor[0], factor[1], lane);
+    store_rows<T, kWidth>(shared, Tile<kWidth>::element(warp_row + m * 16, lane), output[m], factor[0], factor[1]);
   }
   if (p.parts != nullptr) return;
   __syncthreads();

@@ -1,8 +1,6 @@
 // Products of matrices by a warp, on tensor cores: fp32 fragments in registers (device.cuh has who holds what), the
-// first factor 16-bit fragments, the second a tile in shared memory, of which is told where it begins in it.
+// first factor 16-bit fragments, the second a tile in shared memory.
 #pragma once
-
-#include <cstring>
 
 #include "attention/tile.cuh"
 
@@ -48,11 +46,9 @@ __device__ void pack_all(const float (&d)[M][N][4], uint32_t (&a)[M][N / 2][4]) 
   }
 }
 
-// M * 16 rows of a tile from `first_row` on, all of its columns, as a first factor.
+// M * 16 rows of a tile, all of its columns, as a first factor; `place` is the lane's in the first 16, by Tile::down.
 template <int kWidth, int M>
-__device__ void load_rows(uint32_t (&a)[M][kWidth / 16][4], const unsigned char* shared, int tile, int first_row,
-                          int lane) {
-  const int place = tile + Tile<kWidth>::down(lane) + first_row * Tile<kWidth>::kRowBytes;
+__device__ void load_rows(uint32_t (&a)[M][kWidth / 16][4], const unsigned char* shared, int place) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -60,47 +56,47 @@ __device__ void load_rows(uint32_t (&a)[M][kWidth / 16][4], const unsigned char*
   }
 }
 
-// d += a b^T for N * 8 rows b of a tile. a(k, fragments) gives columns 16 k to 16 k + 15 of the first factor.
+// Columns n and n + 1, by eights, of d: two fragments of the second factor.
+template <typename T, int M, int N>
+__device__ void multiply_two(float (&d)[M][N][4], int n, const uint32_t (&left)[M][4], const uint32_t (&right)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t b[2] = {right[i * 2], right[i * 2 + 1]};
+#pragma unroll
+    for (int m = 0; m < M; ++m) mma_16816<T>(d[m][n + i], left[m], b);
+  }
+}
+
+// d += a b^T for N * 8 rows b of a tile; `place` is the lane's, by Tile::along. a(k, fragments) gives columns 16 k to
+// 16 k + 15 of the first factor.
 template <typename T, int kWidth, int M, int N, typename A>
-__device__ void multiply_rows(float (&d)[M][N][4], const A& a, const unsigned char* shared, int tile, int lane) {
-  const int place = tile + Tile<kWidth>::along(lane);
+__device__ void multiply_rows(float (&d)[M][N][4], const A& a, const unsigned char* shared, int place) {
 #pragma unroll
   for (int k = 0; k < kWidth / 16; ++k) {
     uint32_t left[M][4];
     a(k, left);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      uint32_t two[4];
-      ldmatrix<4>(two, shared + Tile<kWidth>::moved(place, n * 8, k * 2));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t right[2] = {two[i * 2], two[i * 2 + 1]};
-#pragma unroll
-        for (int m = 0; m < M; ++m) mma_16816<T>(d[m][n + i], left[m], right);
-      }
+      uint32_t right[4];
+      ldmatrix<4>(right, shared + Tile<kWidth>::moved(place, n * 8, k * 2));
+      multiply_two<T>(d, n, left, right);
     }
   }
 }
 
-// d += a b for the 16 * K rows b of a tile, of which columns from 8 * first on are taken.
-template <typename T, int kWidth, int K, int M, int N, typename A>
-__device__ void multiply_columns(float (&d)[M][N][4], const A& a, const unsigned char* shared, int tile, int lane,
-                                 int first = 0) {
-  const int place = tile + Tile<kWidth>::down(lane);
+// d += a b for the 16 * K rows b of a tile; `place` is the lane's, by Tile::down. Of the columns every kStep / 2-th
+// sixteen are taken.
+template <typename T, int kWidth, int K, int kStep = 2, int M, int N, typename A>
+__device__ void multiply_columns(float (&d)[M][N][4], const A& a, const unsigned char* shared, int place) {
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     uint32_t left[M][4];
     a(k, left);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      uint32_t two[4];
-      ldmatrix_trans<4>(two, shared + Tile<kWidth>::moved(place, k * 16, first + n));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t right[2] = {two[i * 2], two[i * 2 + 1]};
-#pragma unroll
-        for (int m = 0; m < M; ++m) mma_16816<T>(d[m][n + i], left[m], right);
-      }
+      uint32_t right[4];
+      ldmatrix_trans<4>(right, shared + Tile<kWidth>::moved(place, k * 16, n / 2 * kStep));
+      multiply_two<T>(d, n, left, right);
     }
   }
 }
@@ -117,18 +113,17 @@ __device__ auto from_registers(const uint32_t (&a)[M][K][4]) {
   };
 }
 
-// Leaves 16 rows of a result, from column 8 * first_column on, in a tile; rows group and group + 8 times a factor each.
-template <typename T, int kWidth, int N>
-__device__ void store_rows(unsigned char* tile, int first_row, int first_column, const float (&d)[N][4], float low,
-                           float high, int lane) {
+// Leaves 16 rows of a result in a tile, rows group and group + 8 times a factor each; `place` is that of this lane's
+// first element of the first row. Columns as in multiply_columns.
+template <typename T, int kWidth, int kStep = 2, int N>
+__device__ void store_rows(unsigned char* shared, int place, const float (&d)[N][4], float low, float high) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + half * 8 + lane / 4;
       const float factor = half == 0 ? low : high;
-      const int place = Tile<kWidth>::place(row, first_column + n) + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(tile + place) = pack<T>(d[n][half * 2] * factor, d[n][half * 2 + 1] * factor);
+      *reinterpret_cast<uint32_t*>(shared + Tile<kWidth>::moved(place, half * 8, n / 2 * kStep + n % 2)) =
+          pack<T>(d[n][half * 2] * factor, d[n][half * 2 + 1] * factor);
     }
   }
 }

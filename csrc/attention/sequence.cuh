@@ -7,6 +7,8 @@ namespace fastlm {
 
 struct Tiles {
   int start, stop;
+
+  __device__ bool have(int tile) const { return tile >= start && tile < stop; }
 };
 
 // Tiles of `size` with any of low to high, of `count` places from 0.
@@ -39,14 +41,6 @@ class Sequence {
     return key < keys && key >= query + offset - left_ && key <= query + offset + right_;
   }
 
-  // Whether a tile of keys that ends with this one is seen by queries from this one on, of which some see a later tile.
-  __device__ bool any_sees(int first_query, int last_key) const { return last_key >= first_query + offset - left_; }
-
-  // Whether all of these queries see all of these keys.
-  __device__ bool all_see(int first_query, int last_query, int first_key, int last_key) const {
-    return last_key < keys && first_key >= last_query + offset - left_ && last_key <= first_query + offset + right_;
-  }
-
   // Tiles of keys of which any of these queries sees any, and the other way round: the same pairs.
   __device__ Tiles seen_by(int first_query, int last_query, int size) const {
     return tiles_between(first_query + offset - left_, min(last_query, queries - 1) + offset + right_, keys, size);
@@ -54,6 +48,15 @@ class Sequence {
   __device__ Tiles that_see(int first_key, int last_key, int size) const {
     if (first_key >= keys) return {0, 0};
     return tiles_between(first_key - offset - right_, min(last_key, keys - 1) - offset + left_, queries, size);
+  }
+
+  // Of these, those that they all see whole. Queries beyond the last one see what they like.
+  __device__ Tiles all_seen_by(int first_query, int last_query, int size) const {
+    return {up(last_query + offset - left_, size), down(min(first_query + offset + right_ + 1, keys), size)};
+  }
+  __device__ Tiles that_all_see(int first_key, int last_key, int size) const {
+    if (last_key >= keys) return {0, 0};
+    return {up(last_key - offset - right_, size), down(first_key - offset + left_ + 1, size)};
   }
 
   // Of a head of query, grad_output and the like; of key and value.
@@ -73,6 +76,9 @@ class Sequence {
 
  private:
   int left_, right_;
+
+  __device__ static int down(int x, int size) { return max(x, 0) / size; }
+  __device__ static int up(int x, int size) { return (max(x, 0) + size - 1) / size; }
 
   // A wrong length on the device must not make a kernel read out of bounds.
   __device__ static int within(int x, int most) { return min(max(x, 0), most); }

@@ -23,7 +23,8 @@ class Softmax {
 
   // Exponentials of scores in units of log2 / unit, as a first factor; scales down what was summed before, if it must.
   template <int N, int K>
-  __device__ void operator()(const float (&s)[M][N][4], float unit, uint32_t (&p)[M][N / 2][4], float (&sums)[M][K][4]) {
+  __device__ void operator()(const float (&s)[M][N][4], float unit, uint32_t (&p)[M][N / 2][4],
+                             float (&sums)[M][K][4]) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       float sum[2];

@@ -22,8 +22,8 @@ struct Tile {
     return row * kRowBytes + (piece ^ (row / (8 / kExchanged) % kExchanged)) * 16;
   }
 
-  // From the place of one of the first two pieces of a row to that `pieces` on (an even number) in the row `rows` on (a
-  // multiple of 8), without looking at the row again. The tile may begin at any multiple of 128 bytes.
+  // From the place of a piece of a row to that `pieces` on in the row `rows` on (a multiple of 8), without looking at
+  // the row again; the numbers of pieces have no bit in common. The tile may begin at any multiple of 128 bytes.
   __device__ static int moved(int place, int rows, int pieces) {
     return (place ^ pieces % kExchanged * 16) + pieces / kExchanged * kExchanged * 16 + rows * kRowBytes;
   }
@@ -31,6 +31,9 @@ struct Tile {
   // This lane's row and piece for ldmatrix of four matrices, which are numbered down the rows first, or along a row.
   __device__ static int down(int lane) { return place(lane % 16, lane / 16); }
   __device__ static int along(int lane) { return place(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
+
+  // And for the elements of a fragment's first row, of which it has two neighbours in the first piece.
+  __device__ static int element(int row, int lane) { return place(row + lane / 4, 0) + lane % 4 * 4; }
 
   // function(row, piece, place) for this thread's share of kRows rows: neighbouring threads have neighbouring pieces.
   template <int kRows, int kThreads, typename F>

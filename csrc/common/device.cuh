@@ -17,6 +17,13 @@
 
 namespace fastlm {
 
+// Whether this is compiled for compute capability 8.0 or newer, which has what is asynchronous here and mma_16816.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kAtLeastSm80 = false;
+#else
+constexpr bool kAtLeastSm80 = true;
+#endif
+
 // Shared memory of a block, of a size known at compile time: FASTLM_SHARED(float, tile, [8][32]).
 #define FASTLM_SHARED(type, name, extent) __shared__ type name extent
 

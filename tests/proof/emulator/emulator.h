@@ -22,6 +22,8 @@ constexpr int warpSize = 32;
 
 namespace fastlm {
 
+constexpr bool kAtLeastSm80 = true;
+
 namespace emulator {
 
 // A kernel with its arguments. `call` calls it, in one thread.
