@@ -170,14 +170,14 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
   const AttentionBwdParams& p = f.p;
   const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * 16;
-  // Where this lane finds what products take: rows of keys and values; columns of keys; and of the gradient of scores.
+  // Held in registers: where this lane finds what products take: rows of keys and values; columns of keys; and of the gradient of scores.
   using GradScores = Tile<S::kQueries>;
   const int along = not_before(Tile<kWidth>::along(lane)), down = not_before(Tile<kWidth>::down(lane));
   const int own_rows = warp_key * kWidth * 2 + down;
   const int columns = Tile<kWidth>::moved(down, 0, threadIdx.x / 32 / S::kSlices * 2);
   const int grad_columns =
       S::kGradScores + GradScores::moved(GradScores::along(lane), 0, threadIdx.x / 32 % S::kSlices * 2);
-  const int grad_element = S::kGradScores + GradScores::element(warp_key, lane);
+  const int grad_element = not_before(S::kGradScores + GradScores::element(warp_key, lane));
 
   const int split = blockIdx.x % p.splits, kv_head = blockIdx.x / p.splits % p.kv_heads;
   const Sequence sequence(p, blockIdx.x / p.splits / p.kv_heads);
@@ -242,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
       cp_async_commit();
     };
 
-    const int last_head = queries.start < queries.stop ? (kv_head + 1) * group : 0;
-    int now = S::kBuffers, head = kv_head * group, at = queries.start;
+    const int last_head = (kv_head + 1) * group;  // less one
+    int now = S::kBuffers, head = queries.start < queries.stop ? kv_head * group : last_head, at = queries.start;
     float* sum = p.partial;
     if (head < last_head) fill(shared + now, head, at);
     while (head < last_head) {
