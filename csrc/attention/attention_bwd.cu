@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
   const AttentionBwdParams& p = f.p;
   const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * 16;
-  // Held in registers: where this lane finds what products take: rows of keys and values; columns of keys; and of the gradient of scores.
+  // Where this lane finds what products take, held in registers: rows of keys and values; columns of keys; and of the
+  // gradient of scores.
   using GradScores = Tile<S::kQueries>;
   const int along = not_before(Tile<kWidth>::along(lane)), down = not_before(Tile<kWidth>::down(lane));
   const int own_rows = warp_key * kWidth * 2 + down;
