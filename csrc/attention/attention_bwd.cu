@@ -35,13 +35,13 @@ struct Shape {
   static constexpr int kQueries = kWidth <= 96 ? 64 : 32;  // of a tile: as many as the registers hold scores of
   static constexpr bool kKeysInRegisters = kWidth <= 64;
   static constexpr int kQueryBytes = kQueries * kWidth * 2;
-  static constexpr int kStatBytes = kQueries * 4;
   // Of the block's shared memory: keys; two buffers of queries, grad_output and two statistics; the gradient of scores.
   static constexpr int kBuffers = kKeys * kWidth * 2;
-  static constexpr int kBufferBytes = 2 * kQueryBytes + 2 * kStatBytes;
+  static constexpr int kBufferBytes = 2 * kQueryBytes + 2 * kQueries * 4;
   static constexpr int kGradScores = kBuffers + 2 * kBufferBytes;
   static constexpr int kSharedBytes = kGradScores + kKeys * kQueries * 2;
   static_assert(kBuffers <= 2 * kBufferBytes && kQueries <= kMaxQueryTile, "a tile of values fits where queries come");
+  static_assert(kSharedBytes <= kSharedWithOptIn, "for every GPU");
   // Of the gradient of a tile of queries each warp has 16 rows, and of the columns by sixteens one of kWarps.
   static constexpr int kSlices = kQueries / 16;
   static constexpr int kWarps = 8 / kSlices, kStep = kWarps * 2, kColumns = kWidth / 8 / kWarps;
@@ -70,26 +70,23 @@ __device__ float* partial_sum(const AttentionBwdParams& p, const Sequence& seque
 
 constexpr int kStatRows = 64;  // of a block, 16 of a warp
 constexpr int kStatThreads = kStatRows * 2;
+template <int kWidth>
+constexpr int kStatBytes = 2 * kStatRows * kWidth * 2;  // of shared memory
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kStatThreads) attention_stats_kernel(const __grid_constant__ Bwd f) {
   if (!kAtLeastSm80) return device_assert(false, "attention needs compute capability 8.0");
-  constexpr int kTileBytes = kStatRows * kWidth * 2;
+  constexpr int kTileBytes = kStatBytes<kWidth> / 2;
   FASTLM_DYNAMIC_SHARED(unsigned char, shared);
   const AttentionBwdParams& p = f.p;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-  const int64_t rows = int64_t{p.batch} * p.heads * p.queries, first = int64_t{blockIdx.x} * kStatRows;
-  const int count = static_cast<int>(min(rows - first, int64_t{kStatRows}));
+  const int64_t tiles = (p.queries + kStatRows - 1) / kStatRows, head = blockIdx.x / tiles;  // of all in the batch
+  const int first = static_cast<int>(blockIdx.x % tiles) * kStatRows, count = min(p.queries - first, kStatRows);
   const auto copy = [&](int tile, const void* tensor, const Four& strides) {
-    const T* const from = static_cast<const T*>(tensor);
+    const T* const from = static_cast<const T*>(tensor) + head / p.heads * strides.at[0] +
+                          head % p.heads * strides.at[1] + first * strides.at[2];
     Tile<kWidth>::template copy<kStatRows, kStatThreads>(
-        shared + tile,
-        [&](int row) {
-          const int64_t head = (first + row) / p.queries;
-          return from + head / p.heads * strides.at[0] + head % p.heads * strides.at[1] +
-                 (first + row) % p.queries * strides.at[2];
-        },
-        count, p.value_dim, from);
+        shared + tile, [&](int row) { return from + row * strides.at[2]; }, count, p.value_dim, from);
   };
   copy(0, p.output, p.output_strides);
   copy(kTileBytes, p.grad_output, p.grad_output_strides);
@@ -108,9 +105,11 @@ __global__ void __launch_bounds__(kStatThreads) attention_stats_kernel(const __g
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + half * 8 + lane / 4;
     if (row >= count) continue;
-    const float lse = p.lse[first + row], delta = products[0][half][half * 2 + lane / 4 % 2];
-    p.stats[first + row] = lse == -INFINITY ? -INFINITY : -lse * kLog2e;  // of nothing seen all is 0
-    p.stats[rows + first + row] = delta;
+    const int64_t number = head * p.queries + first + row;
+    const float lse = p.lse[number];
+    p.stats[number] = lse == -INFINITY ? -INFINITY : -lse * kLog2e;  // of nothing seen all is 0
+    p.stats[int64_t{p.batch} * p.heads * p.queries + number] =
+        lane / 4 % 2 == 0 ? products[0][half][half * 2] : products[0][half][half * 2 + 1];
   }
 }
 
@@ -379,15 +378,15 @@ template <typename T, int kWidth>
 const char* start_bwd(Bwd f, int device, void* stream) {
   const AttentionBwdParams& p = f.p;
   f.tiles = (p.max_queries + Shape<kWidth>::kQueries - 1) / Shape<kWidth>::kQueries;
-  const int64_t row_blocks = (int64_t{p.batch} * p.heads * p.queries + kStatRows - 1) / kStatRows;
+  const int64_t row_blocks = int64_t{p.batch} * p.heads * ((p.queries + kStatRows - 1) / kStatRows);
   const int64_t blocks = int64_t{p.splits} * p.kv_heads * p.sequences;
   const int64_t query_blocks = int64_t{f.tiles} * p.heads * p.sequences;
   if (std::max({row_blocks, blocks, query_blocks}) > std::numeric_limits<int>::max()) {
     return "more tiles than a grid can have";
   }
   const auto grid = [](int64_t count) { return dim3(static_cast<unsigned>(count)); };
-  const char* error = launch(attention_stats_kernel<T, kWidth>, grid(row_blocks), kStatThreads, f, device, stream,
-                             2 * kStatRows * kWidth * 2);
+  const char* error =
+      launch(attention_stats_kernel<T, kWidth>, grid(row_blocks), kStatThreads, f, device, stream, kStatBytes<kWidth>);
   if (error == nullptr) {
     error =
         launch(attention_bwd_kernel<T, kWidth>, grid(blocks), kThreads, f, device, stream, Shape<kWidth>::kSharedBytes);
@@ -412,12 +411,10 @@ const char* start_bwd(const Bwd& f, int device, void* stream) {
 template <typename T, int kWidth>
 void register_width() {
   const std::string type = std::string("<") + kTypeName<T> + ", " + std::to_string(kWidth) + ">";
-  register_kernel("attention_stats" + type, reinterpret_cast<const void*>(attention_stats_kernel<T, kWidth>),
-                  kStatThreads, 2 * kStatRows * kWidth * 2);
-  register_kernel("attention_bwd" + type, reinterpret_cast<const void*>(attention_bwd_kernel<T, kWidth>), kThreads,
-                  Shape<kWidth>::kSharedBytes);
-  register_kernel("attention_grad_query" + type, reinterpret_cast<const void*>(attention_grad_query_kernel<T, kWidth>),
-                  kThreads, Shape<kWidth>::kQueryBytes);
+  register_kernel("attention_stats" + type, attention_stats_kernel<T, kWidth>, kStatThreads, kStatBytes<kWidth>);
+  register_kernel("attention_bwd" + type, attention_bwd_kernel<T, kWidth>, kThreads, Shape<kWidth>::kSharedBytes);
+  register_kernel("attention_grad_query" + type, attention_grad_query_kernel<T, kWidth>, kThreads,
+                  Shape<kWidth>::kQueryBytes);
 }
 
 template <typename T>

@@ -34,6 +34,7 @@ struct Shape {
   static constexpr int kTileBytes = kKeys * kWidth * 2;
   static constexpr int kSharedBytes = 4 * kTileBytes;  // two buffers of keys and values; queries and output need one
   static_assert(kRows * kWidth * 2 == 2 * kTileBytes, "queries fit a buffer");
+  static_assert(kSharedBytes <= kSharedWithOptIn, "for every GPU");
 };
 
 struct Fwd {
@@ -283,8 +284,8 @@ const char* start_fwd(const Fwd& f, int device, void* stream) {
 
 template <typename T, int kWidth>
 void register_width() {
-  register_kernel("attention_fwd<" + (kTypeName<T> + (", " + std::to_string(kWidth))) + ">",
-                  reinterpret_cast<const void*>(attention_fwd_kernel<T, kWidth>), Shape<kWidth>::kThreads,
+  const std::string type = std::string("<") + kTypeName<T> + ", " + std::to_string(kWidth) + ">";
+  register_kernel("attention_fwd" + type, attention_fwd_kernel<T, kWidth>, Shape<kWidth>::kThreads,
                   Shape<kWidth>::kSharedBytes);
 }
 

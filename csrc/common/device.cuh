@@ -181,7 +181,8 @@ __device__ inline float exp2_approx(float x) {
 
 namespace fastlm {
 
-constexpr size_t kSharedWithoutOptIn = 48 << 10;  // bytes of a block's dynamic shared memory
+// Bytes of a block's dynamic shared memory; those that a kernel asks for, on the GPU that has fewest (sm_86, 89, 120).
+constexpr size_t kSharedWithoutOptIn = 48 << 10, kSharedWithOptIn = 99 << 10;
 
 // Starts a kernel on a device's stream; null, or what is wrong.
 template <typename Params>

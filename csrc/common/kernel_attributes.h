@@ -28,8 +28,9 @@ struct KernelAttributes {
 void register_kernel(const std::string& name, const void* kernel, int threads_per_block, size_t dynamic_shared_bytes);
 
 template <typename Params>
-void register_kernel(const std::string& name, void (*kernel)(Params), int threads_per_block) {
-  register_kernel(name, reinterpret_cast<const void*>(kernel), threads_per_block, 0);
+void register_kernel(const std::string& name, void (*kernel)(Params), int threads_per_block,
+                     size_t dynamic_shared_bytes = 0) {
+  register_kernel(name, reinterpret_cast<const void*>(kernel), threads_per_block, dynamic_shared_bytes);
 }
 
 // All registered kernels, as the current device runs them. Without a driver or a device only `status` is filled in.
