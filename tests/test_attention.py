@@ -1,6 +1,7 @@
 """What only attention has: rows without keys, ranks, grouped heads, masks with gradients, empty sequences, autocast."""
 
 import math
+import types
 
 import formulas
 import hostile
@@ -302,6 +303,34 @@ def test_kernels_are_for_compute_capability_8_and_newer(monkeypatch):
     for capability, reasons in (((7, 5), ["needs a GPU of compute capability 8.0, got 7.5"]), ((8, 0), [])):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert attention._kernel_reasons(inputs) == reasons
+
+
+@pytest.mark.parametrize(
+    ("capability", "head", "dtype", "first"),
+    [
+        ((8, 0), 64, torch.bfloat16, "cuda"),
+        ((12, 0), 128, torch.float16, "cuda"),
+        ((9, 0), 64, torch.bfloat16, "triton"),
+        ((8, 6), 64, torch.float32, "triton"),
+        ((8, 0), 136, torch.bfloat16, "triton"),
+        ((8, 0), 20, torch.bfloat16, "triton"),
+        ((7, 5), 64, torch.bfloat16, ""),
+    ],
+)
+@pytest.mark.parametrize("built", [True, False])
+def test_cuda_kernels_come_before_triton_where_tensor_cores_are_used_alike(
+    capability, head, dtype, first, built, monkeypatch
+):
+    class OnGPU:
+        is_cuda, is_cpu, device, shape, requires_grad = True, False, "cuda:0", (1, 1, 1, head), False
+
+    query = OnGPU()
+    query.dtype = dtype
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(attention, "CUDA", types.SimpleNamespace(missing=lambda: "" if built else "not built"))
+    inputs = inputs_on("cpu", query=query, value=query, return_lse=True)
+    expected = "triton" if first == "cuda" and not built else first
+    assert attention._first("scaled_dot_product_attention", inputs) == expected
 
 
 # Properties ---------------------------------------------------------------------------------------------------------

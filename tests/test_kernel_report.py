@@ -123,6 +123,11 @@ BUDGETS = {
     r"cross_entropy (everything|probabilities) 50304 .*_(fwd|bwd)_kernel": Budget(80, 32, {8: 1, 4: 7, 2: 2}, {4: 8}),
     r"cross_entropy plain 50257 .*_(fwd|bwd)_kernel": Budget(72, 32, ANY, ANY),
     r"cross_entropy .* _sum_kernel": Budget(64, 256, {8: 4, 4: 16, 2: 4}, {4: 3}),
+    r"attention_fwd_kernel<.*>": Budget(255, 0, ANY, ANY),
+    r"attention_bwd_kernel<.*>": Budget(255, 0, {4: 1}, {}),
+    r"attention_combine_kernel<.*>": Budget(64, 0, ANY, ANY),
+    r"attention_stats_kernel<.*>": Budget(64, 0, {4: 2}, {4: 4}),
+    r"attention_grad_query_kernel<.*>": Budget(72, 0, {4: 5}, {}),
     r"attention decode \d+ \w+ _fwd_kernel": Budget(168, 73728, ANY, ANY),
     r"attention decode \d+ \w+ _combine_kernel": Budget(64, 64, ANY, ANY),
     r"attention .* _(fwd|dq|dkdv)_kernel": Budget(255, 227 * 1024, ANY, ANY),
@@ -187,14 +192,26 @@ def test_attention_is_formed_by_the_tensor_cores_of_each_architecture(report):
 
 
 @needs["cuda"]
+def test_attention_in_cuda_makes_more_of_an_instruction_than_flash_attention_2(report):
+    figures = {(k["kernel"], k["arch"]): k["flop_per_instruction"] for k in report("cuda")}
+    for architecture in (80, 90, 100, 120):
+        for dtype in ("bf16", "fp16"):
+            for name, theirs in (("fwd", (948, 1188)), ("bwd", (1058, 1323))):
+                ours = [figures[f"attention_{name}_kernel<{dtype}, {head}>", architecture] for head in (64, 128)]
+                assert ours[0] >= theirs[0], (name, dtype, architecture)
+                assert ours[1] >= theirs[1], (name, dtype, architecture)
+
+
+@needs["cuda"]
 def test_report_has_every_instantiation_that_csrc_registers(report):
     pairs = len(re.findall(r"^  function\(", (ROOT / "csrc/common/dispatch.cuh").read_text(), re.M))
     registered, defined = collections.Counter(), set()
     for path in (ROOT / "csrc").rglob("*.cu"):
         text = path.read_text()
         types = len(re.findall(r"^ +register_kernels<\w+>\(\);", text, re.M))
-        for name, of_types in re.findall(r"^ +register_kernel\(.*\", (\w+)(<T, R|<T)?", text, re.M):
-            registered[name] += {"<T, R": pairs, "<T": types, "": 1}[of_types]
+        widths = len(re.findall(r"^ +register_width<T, \d+>\(\);", text, re.M))
+        for name, of_types in re.findall(r"^ +register_kernel\(.*?, (\w+_kernel)(<T, R|<T, kWidth|<T)?", text, re.M):
+            registered[name] += {"<T, R": pairs, "<T, kWidth": types * widths, "<T": types, "": 1}[of_types]
         defined |= set(re.findall(r"__global__ void[^;{]*?(\w+)\(const", text))
     assert set(registered) == defined
     for architecture in PARTS["cuda"][0]:

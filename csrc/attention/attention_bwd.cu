@@ -425,7 +425,11 @@ void register_kernels() {
   register_width<T, 128>();
 }
 
-const bool registered = (register_kernels<__nv_bfloat16>(), register_kernels<__half>(), true);
+const bool registered = [] {
+  register_kernels<__nv_bfloat16>();
+  register_kernels<__half>();
+  return true;
+}();
 
 }  // namespace
 

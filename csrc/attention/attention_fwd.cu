@@ -298,7 +298,11 @@ void register_kernels() {
   register_kernel(std::string("attention_combine<") + kTypeName<T> + ">", attention_combine_kernel<T>, kCombineThreads);
 }
 
-const bool registered = (register_kernels<__nv_bfloat16>(), register_kernels<__half>(), true);
+const bool registered = [] {
+  register_kernels<__nv_bfloat16>();
+  register_kernels<__half>();
+  return true;
+}();
 
 }  // namespace
 

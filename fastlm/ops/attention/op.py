@@ -28,6 +28,7 @@ from fastlm.ops.registry import FLOATS, Backend, Op
 
 MAX_HEAD = 256  # dimension, of kernels
 MAX_HEAD_CUDA = 128
+CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
 class ScaledDotProductAttentionInputs(NamedTuple):
@@ -483,16 +484,28 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
     measured.json says."""
     packed = isinstance(inputs, VarlenAttentionInputs)  # which torch's op is not for
     if not inputs.query.is_cpu and (packed or _native_lacks(inputs) or _needs_mask(inputs)):  # type: ignore[arg-type]
-        return "" if _kernel_reasons(inputs) else "triton"
+        if _kernel_reasons(inputs):
+            return ""
+        return "cuda" if _suits_cuda(inputs) else "triton"
     return "" if torch.compiler.is_compiling() else fastest(op, inputs.query)
+
+
+def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:
+    """Whether it is for the CUDA kernels rather than Triton's: on GPUs whose tensor cores have no instructions but those
+    that both use, where the CUDA kernels do more in an instruction (benchmarks/results/attention.md)."""
+    query = inputs.query
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] not in (8, 12):
+        return False
+    return query.dtype in CUDA_DTYPES and not CUDA.missing() and not _cuda_reasons(inputs)
 
 
 def _key(inputs: ScaledDotProductAttentionInputs) -> tuple[Any, ...]:
     query, mask = inputs.query, inputs.attn_mask
     hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
-    size = query.shape[-1] > MAX_HEAD or inputs.value.shape[-1] > MAX_HEAD
-    grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    return query.device, query.dtype, hides, size, grad, not inputs.softcap, inputs.return_lse
+    masked = mask is not None
+    grad = masked and mask.requires_grad and torch.is_grad_enabled()
+    sizes = query.shape[3], inputs.value.shape[3]
+    return query.device, query.dtype, hides, sizes, masked, grad, not inputs.softcap, inputs.return_lse
 
 
 def _needs_mask(inputs: ScaledDotProductAttentionInputs) -> bool:
@@ -765,7 +778,7 @@ def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None
         name,
         functools.cache(lambda: launch.kernels(launchers)),
         devices={device},
-        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        dtypes=CUDA_DTYPES,
         available=launchers.missing,
         reasons=_cuda_reasons,
         is_ready=launch.is_aligned,
