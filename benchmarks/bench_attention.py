@@ -1,6 +1,6 @@
-"""Attention: what the compiler made of the Triton kernels, PyTorch and FastLM on the CPU, and peers on a GPU.
+"""Attention: what the compilers made of the kernels, PyTorch and FastLM on the CPU, and peers on a GPU.
 
-Three parts. Without a GPU: instructions of the Triton kernels' inner loops beside those of their peers. On the CPU:
+Three parts. Without a GPU: instructions of the kernels' inner loops beside those of their peers. On the CPU:
 torch's scaled_dot_product_attention against FastLM's default and its backends. On a GPU where there is one: FastLM's
 kernels, torch's flash, cuDNN, memory-efficient and math kernels, FlexAttention and flash-attn. With --only one part is
 printed and nothing is written.
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,18 +53,19 @@ PEERS = {
 
 
 def kernel_report() -> dict[str, Any]:
-    """What tests/proof/kernel_report.py tells of the Triton kernels, or why it tells nothing under "left_out"."""
-    pattern = rf"^attention causal ({'|'.join(map(str, HEADS))}) bfloat16 _"
+    """What tests/proof/kernel_report.py tells of the kernels, or why it tells nothing under "left_out"."""
+    heads = "|".join(map(str, HEADS))
+    pattern = rf"^attention( causal ({heads}) bfloat16 _|_(fwd|bwd)_kernel<bf16, ({heads})>)"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.json")
-        options = ["--only", "triton", "--arch", ",".join(map(str, ARCHITECTURES)), "--json", file, pattern]
+        options = ["--arch", ",".join(map(str, ARCHITECTURES)), "--json", file, pattern]
         done = subprocess.run([sys.executable, REPORT, *map(str, options)], capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-            return {"kernels": [], "left_out": {"triton": said[-1]}}
+            return {"kernels": [], "left_out": {"all": said[-1]}}
         report: dict[str, Any] = json.loads(file.read_text())
     if not report["kernels"] and not report["left_out"]:
-        report["left_out"] = {"triton": f"no kernel is called {pattern}"}
+        report["left_out"] = {"all": f"no kernel is called {pattern}"}
     return report
 
 
@@ -73,41 +75,44 @@ def backward_flop(dkdv: float | None, dq: float | None) -> float | None:
 
 
 def static_part() -> list[str]:
-    lines = ["## The Triton kernels, read from machine code", ""]
+    lines = ["## The kernels, read from machine code", ""]
     report = kernel_report()
+    told = [f"{kind} is left out: {why}" for kind, why in report["left_out"].items()]
     if not report["kernels"]:
-        why = "; ".join(f"{kind}: {why}" for kind, why in report["left_out"].items())
-        return [*lines, f"`tests/proof/kernel_report.py` gave no kernels of attention ({why})."]
-    kernels = {(k["arch"], *k["kernel"].split()[2::2]): k for k in report["kernels"]}  # architecture, head, function
+        return [*lines, f"`tests/proof/kernel_report.py` gave no kernels of attention ({'; '.join(told)})."]
+    kernels = {}
+    for kernel in report["kernels"]:
+        name = re.search(r"_([a-z]+)_kernel", kernel["kernel"])[1]  # type: ignore[index]
+        head = re.search(r"(causal |, )(\d+)", kernel["kernel"])[2]  # type: ignore[index]
+        kernels[kernel["arch"], head, f"{'CUDA' if kernel['kind'] == 'cuda' else 'Triton'} {name}"] = kernel
     resources, flop = [], []
     for arch, head in itertools.product(ARCHITECTURES, map(str, HEADS)):
-        found = {name: kernels.get((arch, head, f"_{name}_kernel")) for name in ("fwd", "dkdv", "dq")}
+        names = ("CUDA fwd", "CUDA bwd", "Triton fwd", "Triton dkdv", "Triton dq")
+        found = {name: kernels.get((arch, head, name)) for name in names}
         for name, kernel in found.items():
-            cells = ["-"] * 6
             if kernel:
                 spill, warps = f"{kernel['spill_stores']}+{kernel['spill_loads']}", kernel["threads"] // 32
-                cells = [kernel["registers"], spill, kernel["shared"], warps, kernel["blocks"]]
-                cells.append(_whole(kernel["flop_per_instruction"]))
-            resources.append([f"sm_{arch}", head, name, *map(str, cells)])
-        fwd, dkdv, dq = (kernel and kernel["flop_per_instruction"] for kernel in found.values())
-        for way, figure in (("forward", fwd), ("backward", backward_flop(dkdv, dq))):
-            flop.append([f"sm_{arch}", head, way, _whole(figure), PEERS.get((way, arch, int(head)), "-")])
-    heads = ["", "head", "kernel", "registers", "spill, bytes", "shared, bytes", "warps", "blocks", "FLOP"]
+                cells = [kernel["registers"], spill, warps, _whole(kernel["flop_per_instruction"])]
+                resources.append([f"sm_{arch}", head, name, *map(str, cells)])
+        fwd, bwd, triton, dkdv, dq = (kernel and kernel["flop_per_instruction"] for kernel in found.values())
+        for way, *figures in (("forward", fwd, triton), ("backward", bwd, backward_flop(dkdv, dq))):
+            flop.append([f"sm_{arch}", head, way, *map(_whole, figures), PEERS.get((way, arch, int(head)), "-")])
+    heads = ["", "head", "kernel", "registers", "spill, bytes", "warps", "FLOP"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return [
         *lines,
-        "bf16, causal; nothing here was run. FLOP per instruction of a warp in the steady inner loop: what tensor cores"
-        " compute, divided by all instructions that a warp issues for it. On sm_100 one thread issues a product for its"
-        " whole block; it is shared by the block's warps.",
+        "bf16, causal; nothing here was run. FLOP per instruction of a warp in the steady inner loop, on its way past"
+        " what only edges and options need: what tensor cores compute, divided by all instructions that a warp issues for"
+        " it. On sm_100 one thread issues Triton's product for its whole block; it is shared by the block's warps.",
         "",
         *_table(heads, resources),
         "",
-        "Of backward 5 products of matrices count, those that are needed; the two loops compute 7 between them, for"
-        " scores and dp are formed in both.",
+        "Of backward 5 products of matrices count, those that are needed. Triton's two loops compute 7 between them,"
+        " for scores and dp are formed in both.",
         "",
-        *_table(["", "head", "", "FastLM", "peers' own kernels, bf16, read in the same way"], flop),
+        *_table(["", "head", "", "CUDA", "Triton", "peers' own kernels, bf16, read in the same way"], flop),
         "",
-        f"`{versions}`; `python {REPORT.relative_to(REPORT.parents[2])} --only triton attention` shows more.",
+        f"`{versions}`; `python {REPORT.relative_to(REPORT.parents[2])} attention` shows more.{' '.join(['', *told])}",
     ]  # fmt: skip
 
 

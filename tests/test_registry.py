@@ -272,8 +272,9 @@ def test_a_backend_error_is_a_runtime_error():
     assert issubclass(fastlm.BackendError, RuntimeError)
 
 
-def test_a_known_backend_that_is_not_here_may_be_set_and_raises_when_called():
-    with fastlm.use_backend("cuda"), pytest.raises(fastlm.BackendError, match=r"cuda: .*(no such backend|serves cuda)"):
+def test_a_known_backend_that_is_not_here_may_be_set_and_raises_when_called(monkeypatch):
+    monkeypatch.delitem(OPS["layer_norm"].backends, "cuda")
+    with fastlm.use_backend("cuda"), pytest.raises(fastlm.BackendError, match=r"cuda: layer_norm has no such backend"):
         F.layer_norm(X, (8,))
 
 
