@@ -102,8 +102,8 @@ def static_part() -> list[str]:
     return [
         *lines,
         "bf16, causal; nothing here was run. FLOP per instruction of a warp in the steady inner loop, on its way past"
-        " what only edges and options need: what tensor cores compute, divided by all instructions that a warp issues for"
-        " it. On sm_100 one thread issues Triton's product for its whole block; it is shared by the block's warps.",
+        " what only edges and options need: what tensor cores compute, divided by all instructions that a warp issues"
+        " for it. On sm_100 one thread issues Triton's product for its whole block; it is shared by the block's warps.",
         "",
         *_table(heads, resources),
         "",

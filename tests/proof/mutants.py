@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from proof import checks, emulator
+from proof.attention_checks import attention_checks
 from proof.checks import Check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -435,6 +436,14 @@ SUITES = {
             *(f"common/{name}" for name in ("online_softmax.cuh", "row_tile.cuh", "reduce.cuh", "vec.cuh", "rows.h")),
         ),
         checks=checks.cross_entropy_checks,
+    ),
+    "attention": Suite(
+        kernels=("attention/attention_fwd.cu", "attention/attention_bwd.cu"),
+        headers=(
+            *(f"attention/{name}.cuh" for name in ("sequence", "tile", "product", "scores", "dropout", "softmax")),
+            "common/philox.h",
+        ),
+        checks=attention_checks,
     ),
 }
 

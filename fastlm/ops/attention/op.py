@@ -502,10 +502,9 @@ def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs)
 def _key(inputs: ScaledDotProductAttentionInputs) -> tuple[Any, ...]:
     query, mask = inputs.query, inputs.attn_mask
     hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
-    masked = mask is not None
-    grad = masked and mask.requires_grad and torch.is_grad_enabled()
+    grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     sizes = query.shape[3], inputs.value.shape[3]
-    return query.device, query.dtype, hides, sizes, masked, grad, not inputs.softcap, inputs.return_lse
+    return query.device, query.dtype, hides, sizes, mask is None, grad, not inputs.softcap, inputs.return_lse
 
 
 def _needs_mask(inputs: ScaledDotProductAttentionInputs) -> bool:
