@@ -491,8 +491,8 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
 
 
 def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:
-    """Whether the CUDA kernels come before Triton's: on GPUs whose tensor cores have only the instructions that both use.
-    There the CUDA kernels do more in an instruction (benchmarks/results/attention.md)."""
+    """Whether the CUDA kernels come before Triton's: on GPUs whose tensor cores have only the instructions that both
+    use, of which there the CUDA kernels need fewer (benchmarks/results/attention.md)."""
     query = inputs.query
     if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] not in (8, 12):
         return False
