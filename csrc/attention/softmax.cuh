@@ -3,6 +3,7 @@
 // even sought, its sums are needed anyhow, and what was summed is seldom scaled down. A row's first tile always raises.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "attention/product.cuh"
@@ -83,7 +84,7 @@ class Softmax {
       top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
       const float raised = fmaxf(base_[m][half], top * unit);
-      usable[half] = raised == -INFINITY ? 0.0f : raised;  // -inf - -inf is NaN
+      usable[half] = raised == -INFINITY ? 0.0f : fminf(raised, FLT_MAX);  // inf - inf is NaN
       const float factor = exp2_approx(base_[m][half] - usable[half]);
       base_[m][half] = raised;
       total_[m][half] *= factor;
