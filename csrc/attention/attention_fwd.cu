@@ -12,6 +12,7 @@
 // Bytes of global memory for a head of T queries and keys of D elements: 4TD + 4TD * ceil(T / 128), the second part
 // mostly from L2 and half of it where causal; 4T for the log-sum-exp.
 #include <algorithm>
+#include <cfloat>
 #include <limits>
 
 #include "attention/dropout.cuh"
@@ -238,18 +239,18 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(cons
   if (row >= rows) return;
   float top = -INFINITY, total = 0.0f;
   for (int split = 0; split < p.splits; ++split) top = fmaxf(top, p.part_lse[split * rows + row]);
-  const float base = top == -INFINITY ? 0.0f : top;
-  for (int split = 0; split < p.splits; ++split) total += expf(p.part_lse[split * rows + row] - base);
+  const float base = top == -INFINITY ? 0.0f : fminf(top, FLT_MAX);  // inf - inf is NaN
+  const auto weight = [&](int split) { return exp2_approx((p.part_lse[split * rows + row] - base) * kLog2e); };
+  for (int split = 0; split < p.splits; ++split) total += weight(split);
   const int i = row % p.queries, head = row / p.queries % p.heads;
   T* const output = static_cast<T*>(p.output) + row / p.queries / p.heads * p.output_strides.at[0] +
                     head * p.output_strides.at[1] + i * p.output_strides.at[2];
   for (int column = lane * 2; column < p.value_dim; column += 64) {
     float sum[2] = {0.0f, 0.0f};
     for (int split = 0; split < p.splits; ++split) {
-      const int64_t part = split * rows + row;
-      const float share = expf(p.part_lse[part] - base) / total;
+      const float share = weight(split) / total;
       float two[2];
-      load<2>(p.parts + part * p.value_dim + column, two);
+      load<2>(p.parts + (split * rows + row) * p.value_dim + column, two);
       sum[0] += share * two[0], sum[1] += share * two[1];
     }
     if (total == 0.0f) sum[0] = sum[1] = 0.0f;

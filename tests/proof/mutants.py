@@ -140,7 +140,7 @@ DECLARE = {
 BARRIERS = {"__syncthreads", "__syncwarp", "barrier_sync", "barrier_arrive", "cp_async_wait", "cp_async_commit"}
 # Without a kernel's code: what is checked when it is compiled, and the registration that reports are made from.
 PASSED_OVER = {"static_assert", "__launch_bounds__", "FASTLM_SHARED", "FASTLM_DYNAMIC_SHARED", "asm"}
-FUNCTIONS_PASSED_OVER = {"register_kernels", "for_each_pair"}
+FUNCTIONS_PASSED_OVER = {"register_kernels", "register_width", "for_each_pair"}
 
 
 Change = tuple[str, int, int, str, tuple[int, int] | None]
