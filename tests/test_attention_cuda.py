@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 SIZES = [(8, 8), (24, 40), (64, 64), (72, 96), (96, 96), (128, 128), (128, 64)]  # of a key and of a value
 NAMES = ("output", "lse", "gradient of query", "gradient of key", "gradient of value")
 
-both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16])
+both_dtypes = pytest.mark.parametrize("dtype", [BF16, pytest.param(FP16, marks=pytest.mark.proof)])
 pytestmark = pytest.mark.skipif(emulator.missing() != "", reason=emulator.missing())
 
 
@@ -167,7 +167,7 @@ def test_every_subset_of_gradients_has_the_same_bits(wanted):
 
 
 @both_dtypes
-@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("queries", [3, 140])
 def test_dropout_has_the_mask_of_the_reference_forward_and_backward(queries, size, dtype):
     tensors = qkv(2, 4, 2, queries, 290, size, dtype=dtype)
@@ -348,7 +348,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("queries", [140, 5])
 def test_the_bits_do_not_depend_on_the_schedule(queries, size, monkeypatch):
     monkeypatch.setattr(launch, "BLOCKS_BWD", 2)
@@ -388,8 +388,15 @@ def test_every_tensor_is_read_as_often_as_it_must_be_and_without_conflicts(size,
 # Where tensors lie, and what is served ------------------------------------------------------------------------------
 
 
+LAYOUTS = [
+    name if name in ("misaligned", "transposed", "expanded") else pytest.param(name, marks=pytest.mark.proof)
+    for name in hostile.LAYOUTS
+    if name != "contiguous"
+]
+
+
 @pytest.mark.parametrize("queries", [pytest.param(5, marks=pytest.mark.proof), 70])
-@pytest.mark.parametrize("layout", [name for name in hostile.LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_tensors_and_upstream_gradients_may_lie_anyhow(layout, queries):
     place, options = hostile.LAYOUTS[layout], {"enable_gqa": True, "is_causal": queries == 70}
     placed = [place(x) for x in qkv(2, 4, 2, queries, 150, 64)]

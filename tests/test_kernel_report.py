@@ -1,9 +1,8 @@
 """What the compilers made of every kernel, held to one table of budgets; and the tool that reports it, checked.
 
-Compiling everything takes minutes, so that the budgets are checked for a part: CUDA for the architectures that setup.py
-builds, Triton for two, each with its own ptxas, and two widths of rows (of attention more in `make proof`).
-FASTLM_ALL_KERNELS=1 checks all. Results are
-cached: a second run takes seconds.
+Compiling everything takes minutes, so that the budgets are checked for a part: CUDA and Triton for two architectures,
+and of Triton two widths of rows; in `make proof` CUDA for all that setup.py builds, and more of attention.
+FASTLM_ALL_KERNELS=1 checks all. Results are cached: a second run takes seconds.
 """
 
 import collections
@@ -25,8 +24,9 @@ ALL = os.environ.get("FASTLM_ALL_KERNELS") == "1"
 EVERY = tuple(kernel_report.LIMITS)
 BUILT = (75, 80, 90, 100, 120)  # by setup.py; 86 and 89 run the code for 80
 PARTS = {
-    "cuda": (EVERY if ALL else BUILT, ""),
+    "cuda": (EVERY if ALL else (80, 90), ""),
     "triton": (EVERY if ALL else (90, 100), "" if ALL else r" (768|5120) |plain 50304|causal (64|128) bf"),
+    "cuda in proof": (BUILT, ""),
     "triton in proof": ((80, 120), r"attention ((decode|everything|grouped) 64|causal (64|128)) bf"),
 }
 
@@ -37,9 +37,9 @@ LACKING = {
     "triton": no_readers + ["triton"] * (not kernel_report._triton),
 }
 needs = {kind: pytest.mark.skipif(bool(names), reason=f"no {', '.join(names)}") for kind, names in LACKING.items()}
-proof = {"triton in proof": [pytest.mark.proof]}
 kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[needs[kind.split()[0]], *proof.get(kind, [])]) for kind in PARTS]
+    "kind",
+    [pytest.param(kind, marks=[needs[kind.split()[0]], *[pytest.mark.proof] * ("proof" in kind)]) for kind in PARTS],
 )
 
 
@@ -124,7 +124,7 @@ BUDGETS = {
     r"cross_entropy plain 50257 .*_(fwd|bwd)_kernel": Budget(72, 32, ANY, ANY),
     r"cross_entropy .* _sum_kernel": Budget(64, 256, {8: 4, 4: 16, 2: 4}, {4: 3}),
     r"attention_fwd_kernel<.*>": Budget(255, 0, ANY, ANY),
-    r"attention_bwd_kernel<.*>": Budget(255, 0, {4: 1}, {}),
+    r"attention_bwd_kernel<.*>": Budget(255, 0, ANY, {}),
     r"attention_combine_kernel<.*>": Budget(64, 0, ANY, ANY),
     r"attention_stats_kernel<.*>": Budget(64, 0, {4: 2}, {4: 4}),
     r"attention_grad_query_kernel<.*>": Budget(72, 0, {4: 5}, {}),
@@ -191,15 +191,23 @@ def test_attention_is_formed_by_the_tensor_cores_of_each_architecture(report):
     assert figures["attention causal 64 bfloat16 _fwd_kernel", 90] >= 966
 
 
+FLASH_ATTENTION_2 = {("fwd", 64): 948, ("fwd", 128): 1188, ("bwd", 64): 1058, ("bwd", 128): 1323}  # FLOP, on sm_80
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(name, marks=pytest.mark.proof) if "proof" in name else name for name in PARTS if "cuda" in name],
+)
 @needs["cuda"]
-def test_attention_in_cuda_makes_more_of_an_instruction_than_flash_attention_2(report):
-    figures = {(k["kernel"], k["arch"]): k["flop_per_instruction"] for k in report("cuda")}
-    for architecture in (80, 90, 100, 120):
-        for dtype in ("bf16", "fp16"):
-            for name, theirs in (("fwd", (948, 1188)), ("bwd", (1058, 1323))):
-                ours = [figures[f"attention_{name}_kernel<{dtype}, {head}>", architecture] for head in (64, 128)]
-                assert ours[0] >= theirs[0], (name, dtype, architecture)
-                assert ours[1] >= theirs[1], (name, dtype, architecture)
+def test_attention_in_cuda_makes_more_of_an_instruction_than_flash_attention_2(report, kind):
+    found = {}
+    for kernel in report(kind):
+        parts = re.fullmatch(r"attention_(fwd|bwd)_kernel<\w+, (64|128)>", kernel["kernel"])
+        if parts and kernel["arch"] >= 80:
+            found[kernel["kernel"], kernel["arch"]] = kernel["flop_per_instruction"]
+            least = FLASH_ATTENTION_2[parts[1], int(parts[2])]
+            assert kernel["flop_per_instruction"] >= least, (kernel["kernel"], kernel["arch"])
+    assert len(found) == 8 * len([architecture for architecture in PARTS[kind][0] if architecture >= 80])
 
 
 @needs["cuda"]

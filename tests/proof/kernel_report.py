@@ -10,10 +10,12 @@ are listed as bytes per thread x instructions: `16x4 4x1` is four of 16 bytes an
 global to shared memory. `spill` is bytes stored to + loaded from local memory: registers, and arrays that are not in
 registers. bf16 to fp32 is a shift: integer.
 
-Where there are tensor instructions, the hot loop is the steady one: of the loops with most tensor FLOP the shortest, and
-of the ways through it the shortest (one that masks an edge is longer). `flop/i` is that FLOP per instruction of a warp, from the shapes in the code: of
-`HMMA.16816` it is 2 * 16 * 8 * 16; each of the four warps of `HGMMA.64x64x16` has a quarter of it; what one thread
-issues for its block, `UTCHMMA`, is shared by the block's warps, as if all ran the loop. `-` is not known.
+Where there are tensor instructions, the hot loop is the steady one: of the loops with most tensor FLOP the shortest,
+and of the ways through it the shortest that copies the next tile (those of a tile at an edge, or with options, are
+longer). `flop/i` is that FLOP per instruction of a warp, from the shapes in the code: of `HMMA.16816` it is 2 * 16 * 8
+* 16; each of the four warps of `HGMMA.64x64x16` has a quarter of it; what one thread issues for its block, `UTCHMMA`,
+is shared by the block's warps, as if all ran the loop. `-` is not known. Shared memory that a CUDA launcher asks for is
+not in machine code: it is not counted, nor are the blocks that it leaves room for.
 
 `pattern` is a regular expression for names. CUDA is compiled with the flags of setup.py. Results are kept in build/.
 """

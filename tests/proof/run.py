@@ -17,20 +17,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ["tests/test_ops.py", "tests/test_layer_norm.py"]
-PATHS = [*OPS, "tests/test_layer_norm_cuda.py", "tests/test_cross_entropy_cuda.py"]
+CUDA = [f"tests/test_{op}_cuda.py" for op in ("layer_norm", "cross_entropy", "attention")]
+# fp16's kernels are bf16's with another conversion; widths are for the first two runs. Of attention over many tiles the
+# second has what one block goes on with where another, or an earlier tile, has left off.
+ALL = "emulator or cuda"
+TILES = "emulator or cuda and (not attention or sums or decoding)"
+FEW = "emulator and not -float16-"
 RUNS = {
-    "build=plain,schedule=random,seed=1,landing=eager,blocks=random": PATHS,
-    "build=trace": PATHS,
-    "build=trace,schedule=random,seed=2,landing=eager,blocks=random": OPS,
-    "build=address": OPS,
-    "build=ptx": OPS,
+    "build=plain,schedule=random,seed=1,landing=eager,blocks=random": ([*OPS, *CUDA], ALL),
+    "build=trace": ([*OPS, *CUDA], TILES),
+    "build=trace,schedule=random,seed=2,landing=eager,blocks=random": (OPS, FEW),
+    "build=address": (OPS, FEW),
+    "build=ptx": (OPS, FEW),
 }
 # Compiling takes longest: of the norms those that the others leave something out of, of the rest every feature once;
 # of attention also many tiles, and keys that are split.
 LOSSES, ATTENTION = "cross_entropy and (plain or everything or ignored)", "attention and (everything or longer or many)"
 TRITON = f"triton_ptx and bfloat16 and (add or ({LOSSES}) or ({ATTENTION}))"
-# fp16's kernels are bf16's with another conversion; widths are for the first two runs.
-TESTS = "(emulator or cuda) and not -float16-"
 
 
 def main() -> None:
@@ -40,10 +43,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from proof import emulator
 
-    runs = [
-        (name, paths, "emulator or cuda" if paths is PATHS else TESTS, emulator.environment(name))
-        for name, paths in RUNS.items()
-    ]
+    runs = [(name, *what, emulator.environment(name)) for name, what in RUNS.items()]
     runs.append((TRITON, OPS[:1], TRITON, os.environ | {"TRITON_INTERPRET": "0"}))
     failed = []
     for settings, paths, tests, environment in runs:
