@@ -475,7 +475,7 @@ PRECOMPILED = """\
 # Of the plain build: a local array overrun, a shift too far or an access that is not aligned ends the process.
 TRAPS = "-O0 -fsanitize=bounds-strict,shift,alignment -fsanitize-undefined-trap-on-error"
 SWITCH = 'extern "C" { int fastlm_mutant_number = 0; int fastlm_mutant() { return fastlm_mutant_number; } }'
-LAUNCHER = re.compile(r"^const char\* (\w+)\(const (\w+)& \w+, int \w+, void\* \w+\)", re.M)
+LAUNCHER = re.compile(r"^const char\* (\w+)\(const (\w+Params)& \w+, int \w+, void\* \w+\)", re.M)
 
 
 def without_kernels(source: str, header: str) -> str:
