@@ -496,9 +496,9 @@ class Build:
         rules = json.loads(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
         self.commands = {rule["output"]: re.sub(r"-MMD -MF \S+ ", "", rule["command"]) for rule in rules}
         self.switch = self.folder / "switch.o"
-        subprocess.run(
-            ["g++", "-O2", "-fPIC", "-c", "-xc++", "-", "-o", self.switch], input=SWITCH, text=True, check=True
-        )
+        own = f"{self.folder}/{os.getpid()}"  # moved when whole: other processes may be using what is there
+        subprocess.run(["g++", "-O2", "-fPIC", "-c", "-xc++", "-", "-o", own], input=SWITCH, text=True, check=True)
+        os.replace(own, self.switch)
         self.kernels = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
         self.kernels = [kernel for kernel in self.kernels if f"{kernel}.o" in self.commands]
         self.extra = ""
@@ -506,7 +506,8 @@ class Build:
             header, command = self.folder / "precompiled.h", self.commands[f"{self.kernels[0]}.o"]
             header.write_text(PRECOMPILED)
             command = command.replace(" -x c++ ", f" {TRAPS} -x c++-header ").partition(" -c ")[0]
-            subprocess.run(f"{command} -c {header} -o {header}.gch", shell=True, check=True)
+            subprocess.run(f"{command} -c {header} -o {own}", shell=True, check=True)
+            os.replace(own, f"{header}.gch")
             self.extra = f"{TRAPS} -include {header}"
 
     def compile(self, kernel: str, tree: Path, out: Path) -> bool:
