@@ -24,7 +24,6 @@ SIZES = [(8, 8), (24, 40), (64, 64), (72, 96), (96, 96), (128, 128), (128, 64)] 
 NAMES = ("output", "lse", "gradient of query", "gradient of key", "gradient of value")
 
 both_dtypes = pytest.mark.parametrize("dtype", [BF16, pytest.param(FP16, marks=pytest.mark.proof)])
-pytestmark = pytest.mark.skipif(emulator.missing() != "", reason=emulator.missing())
 
 
 def normal(*shape, seed=0):

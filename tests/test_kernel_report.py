@@ -440,6 +440,16 @@ def test_loop_with_a_product_of_unknown_shape_has_no_flop_per_instruction():
     assert (counts["tensor"], flop) == (2, None)
 
 
+def test_way_through_a_loop_passes_by_what_is_seldom_executed_but_not_copies_of_the_next_tile():
+    product = "HMMA.16816.F32.BF16 R0, R4, R8, R0"
+    copy = ("@P0 BRA `(.L_x_2)", "IADD3 R2, R2, 0x1, RZ", "LDGSTS.E.BYPASS.128 [R2], [R4.64]")
+    cold = (".L_x_2: @P1 BRA `(.L_x_3)", "FADD R0, R0, R1", "FADD R0, R0, R1", "FADD R0, R0, R1")
+    loop = (f".L_x_1: {product}", *copy, *cold, f".L_x_3: {product}", "@P2 BRA `(.L_x_1)")
+    counts, flop = kernel_report.hot_loop(code_of("NOP", *loop, "EXIT"), 4)
+    assert (counts["all"], counts["tensor"], counts["async copy 16"], counts.get("fp32")) == (7, 2, 1, None)
+    assert flop == 2 * 4096 / 7
+
+
 @needs["cuda"]
 def test_spills_are_those_that_ptxas_tells_of(sample, tmp_path):
     (tmp_path / "sample.cu").write_text(SAMPLE)
