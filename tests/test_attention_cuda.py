@@ -141,9 +141,9 @@ SIGHTS = {
 
 @pytest.mark.parametrize("size", [32, pytest.param(128, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("blocks", [1, 2, pytest.param(128, marks=pytest.mark.proof)])
-def test_sums_of_the_gradient_of_queries_may_begin_at_any_tile(blocks, sight, size, monkeypatch):
-    monkeypatch.setattr(launch, "BLOCKS_BWD", blocks)
+@pytest.mark.parametrize("splits", [1, 2, pytest.param(5, marks=pytest.mark.proof)])
+def test_sums_of_the_gradient_of_queries_may_begin_at_any_tile(splits, sight, size, monkeypatch):
+    monkeypatch.setattr(launch, "splits_bwd", lambda keys, heads: splits)
     assert_right(DENSE, qkv(1, 2, 1, 300, 600, size), enable_gqa=True, **SIGHTS[sight])
     assert_right(DENSE, qkv(1, 1, 1, 410, 400, size), key_lengths=lengths_of(390), **SIGHTS[sight])
     tensors, rest = packing((70, 0, 140), (10, 40, 390), 1, 1, size)
@@ -151,7 +151,15 @@ def test_sums_of_the_gradient_of_queries_may_begin_at_any_tile(blocks, sight, si
 
 
 def test_a_batch_of_many_heads_has_several_tiles_of_keys_to_a_block():
-    assert_right(DENSE, qkv(4, 16, 16, 33, 290, 8), is_causal=True, key_lengths=lengths_of(220, 257, 280, 290))
+    assert launch.splits_bwd(600, 128) == 4
+    assert_right(DENSE, qkv(4, 32, 32, 33, 600, 8), is_causal=True, key_lengths=lengths_of(220, 257, 580, 600))
+
+
+def test_backward_divides_the_keys_for_enough_blocks_and_few_sums():
+    assert [launch.splits_bwd(1 << 20, heads) for heads in (1, 12, 64, 128, 200, 256, 512, 513)] == [
+        128, 11, 4, 4, 2, 2, 1, 1,
+    ]  # fmt: skip
+    assert [launch.splits_bwd(keys, 12) for keys in (0, 1, 128, 129, 1400)] == [1, 1, 1, 2, 11]
 
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2) for w in itertools.combinations(range(3), n)])
@@ -350,7 +358,7 @@ RUNS = [
 @pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.proof)])
 @pytest.mark.parametrize("queries", [140, 5])
 def test_the_bits_do_not_depend_on_the_schedule(queries, size, monkeypatch):
-    monkeypatch.setattr(launch, "BLOCKS_BWD", 2)
+    monkeypatch.setattr(launch, "splits_bwd", lambda keys, heads: 2)
     tensors, results = qkv(1, 2, 1, queries, 300, size), []
     for schedule, seed, landing, blocks in RUNS:
         with emulator.settings(schedule=schedule, seed=seed, landing=landing, blocks=blocks):

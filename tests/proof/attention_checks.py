@@ -34,6 +34,11 @@ def lengths_of(*lengths: int) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int32)
 
 
+def divided_among(blocks: int) -> Callable[[int, int], int]:
+    """launch.splits_bwd for so many blocks."""
+    return lambda keys, heads: min(-(-keys // launch.KEY_TILE_BWD), -(-blocks // heads))
+
+
 class Place:
     """A tensor in the middle of one of NaN, rows at multiples of 16 bytes; no two arguments have the same strides."""
 
@@ -153,13 +158,13 @@ class Call:
             assert_within_rule(ours, self.rounded[n], self.exact[n], NAMES[n])
 
     def run(self) -> None:
-        before = launch.BLOCKS_BWD, launch.splits
-        launch.BLOCKS_BWD = self.blocks or before[0]
+        before = launch.splits_bwd, launch.splits
+        launch.splits_bwd = before[0] if self.blocks is None else divided_among(self.blocks)
         launch.splits = before[1] if self.splits is None else lambda *_: self.splits
         try:
             self.compare()
         finally:
-            launch.BLOCKS_BWD, launch.splits = before
+            launch.splits_bwd, launch.splits = before
 
     def compare(self) -> None:
         functions, problem = launch.kernels(LAUNCHERS), self.problem()
@@ -454,7 +459,7 @@ def traced(name: str, case: dict[str, Any], order: dict[str, str]) -> Check:
     queries, keys, dim, heads = (
         options.pop(each, n) for each, n in (("queries", 0), ("keys", 0), ("dim", 32), ("heads", 1))
     )
-    blocks = options.pop("blocks", launch.BLOCKS_BWD)
+    blocks = options.pop("blocks", 128)
     kv_heads = options.pop("kv_heads", heads)
     for each, dtype in (("key_lengths", torch.int32), ("alibi_slopes", FP32)):
         if each in options:
@@ -472,11 +477,11 @@ def traced(name: str, case: dict[str, Any], order: dict[str, str]) -> Check:
     rounded, exact = answers("reference", FP16), answers("reference", torch.float64)
 
     def run() -> None:
-        before, launch.BLOCKS_BWD = launch.BLOCKS_BWD, blocks
+        before, launch.splits_bwd = launch.splits_bwd, divided_among(blocks)
         try:
             ours = answers("emulator", FP16)
         finally:
-            launch.BLOCKS_BWD = before
+            launch.splits_bwd = before
         for each in zip(ours, rounded, exact, strict=True):
             assert_within_rule(*each)
 

@@ -245,6 +245,8 @@ class Source:
 
     def _is_extent(self, n: int) -> bool:
         """Of a square bracket: whether it declares an array. After a comma it may."""
+        while self.at(n - 1) == "]":
+            n = self.partner[n - 1]
         before = self.tokens[n - 2]
         declared = before.kind == "name" and before.text not in KEYWORDS
         return declared or before.text == "," or (self.at(n - 1) == ")" and self.at(n - 3) == "&")

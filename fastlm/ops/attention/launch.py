@@ -13,8 +13,15 @@ from fastlm.ops.compiled import Launchers
 
 KEY_TILE, KEY_TILE_BWD = 64, 128
 QUERY_TILE_BWD = 64  # at most
-BLOCKS_BWD = 128  # among which the keys of a head are divided, unless there are as many heads: about one for each
-# multiprocessor. Each costs the memory of the gradient of queries in fp32, and so it is not more.
+
+
+def splits_bwd(keys: int, heads: int) -> int:
+    """Into how many parts the backward divides the keys of a head: the same on every GPU.
+
+    Each costs the memory of the gradient of queries in fp32. So many that there is a block for each of 128
+    multiprocessors; up to four where blocks are few enough for a last round of them, half empty, to matter.
+    """
+    return max(1, min(-(-keys // KEY_TILE_BWD), max(-(-128 // heads), min(4, 512 // heads))))
 
 
 def kernels(launchers: Launchers) -> Kernels:
@@ -92,8 +99,7 @@ def _bwd(
 ) -> None:
     query, key = problem.query, problem.key
     stats = lse.new_empty((2, *lse.shape))
-    tiles, heads = -(-problem.max_seqlen_k // KEY_TILE_BWD), max(1, key.shape[1] * problem.sequences)
-    parts = max(1, min(tiles, -(-BLOCKS_BWD // heads)))
+    parts = splits_bwd(problem.max_seqlen_k, max(1, key.shape[1] * problem.sequences))
     partial = None
     if grads[0] is not None:
         rows = query.shape[0] * query.shape[2] + QUERY_TILE_BWD * (problem.sequences + 1)
