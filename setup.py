@@ -28,8 +28,8 @@ MODE = os.environ.get("FASTLM_BUILD", "")
 OPTIMISE = ["-O3", "-DNDEBUG"] if os.environ.get("DEBUG", "0") in ("", "0") else ["-O0", "-g"]
 CXX_FLAGS = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra") + OPTIMISE
 NVCC_FLAGS = ["-std=c++17", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden,-fopenmp,-Wall"]
-X86 = {"avx2": "-march=haswell", "avx512": "-march=skylake-avx512", "avx512_bf16": "-march=cooperlake"}
-CPU_TARGETS = {"baseline": ""} | (X86 if sysconfig.get_platform().endswith("x86_64") else {})  # common/cpu_target.h
+X86 = {"avx2": "haswell", "avx512": "skylake-avx512", "avx512_bf16": "cooperlake", "amx": "sapphirerapids"}
+CPU_TARGETS = {"baseline": ""} | {n: f"-march={m}" for n, m in X86.items() if "x86_64" in sysconfig.get_platform()}
 ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0", "12.0"]  # and PTX of the last one; 8.6 and 8.9 run the code for 8.0
 
 

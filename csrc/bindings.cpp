@@ -3,6 +3,7 @@
 // linked in and looks for one at its first call.
 #include <pybind11/pybind11.h>
 
+#include "attention/attention.h"
 #include "common/bind.h"
 #include "common/cpu_target.h"
 #include "cross_entropy/cross_entropy.h"
@@ -64,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPES") = dtypes;
   m.attr("CPU_TARGETS") = cpu_targets;  // variants of the CPU kernels that this processor runs, the best one last
 
+  fastlm::bind<&fastlm::attention_fwd_cpu>(m, "attention_fwd_cpu");
+  fastlm::bind<&fastlm::attention_bwd_cpu>(m, "attention_bwd_cpu");
   fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");
   fastlm::bind<&fastlm::layer_norm_bwd_cpu>(m, "layer_norm_bwd_cpu");
   fastlm::bind<&fastlm::cross_entropy_fwd_cpu>(m, "cross_entropy_fwd_cpu");

@@ -17,6 +17,7 @@ import interpreter
 import proof.emulator  # registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
 
 from fastlm.ops import compiled, registry
+from fastlm.ops.attention import op as attention
 from fastlm.ops.cross_entropy import op as cross_entropy
 from fastlm.ops.layer_norm import op as layer_norm
 
@@ -41,7 +42,7 @@ elif torch.cuda.device_count() == 0:
 
 if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which this one runs too
     for target in list(compiled.extension().CPU_TARGETS)[:-1]:
-        for op in (layer_norm, cross_entropy):
+        for op in (attention, cross_entropy, layer_norm):
             op.register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
 
 

@@ -183,12 +183,6 @@ def test_a_headers_mutants_go_from_op_to_op_until_one_kills_them(monkeypatch):
     assert [verdict.status for verdict in verdicts] == ["killed", "killed", "killed", "survived"]
 
 
-def test_a_sample_is_drawn_from_files_that_are_judged(capsys):
-    assert mutants.main(["--op", "attention", "--sample", "60", "--seed", "1", "--list"]) == 0
-    drawn = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}
-    assert drawn == set(mutants.SUITES["attention"].to_draw_from)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("op", mutants.SUITES)
 @pytest.mark.skipif(bool(emulator.missing()), reason=f"no emulator: {emulator.missing()}")

@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "common/cpu_target.h"
 #include "common/dtype.h"
 #include "common/rows.h"
 
@@ -98,5 +99,33 @@ struct AttentionBwdParams : AttentionProblem {
 
 const char* attention_fwd(const AttentionFwdParams& params, int device, void* stream);
 const char* attention_bwd(const AttentionBwdParams& params, int device, void* stream);
+
+// The CPU's take fp32 too, rows that begin anywhere, and a mask.
+struct AttentionMask {
+  const void* mask;  // [B, H, T_q, T_k], added to scores, or bool: what takes part; or null
+  Four mask_strides;
+  DType mask_dtype;
+  bool boolean;
+
+  template <typename P>
+  static constexpr auto fields() {
+    return std::make_tuple(&P::mask, &P::mask_strides, &P::mask_dtype, &P::boolean);
+  }
+};
+
+struct AttentionFwdCpuParams : AttentionFwdParams, AttentionMask {
+  static constexpr auto fields() {
+    return std::tuple_cat(AttentionFwdParams::fields(), AttentionMask::fields<AttentionFwdCpuParams>());
+  }
+};
+
+struct AttentionBwdCpuParams : AttentionBwdParams, AttentionMask {
+  static constexpr auto fields() {
+    return std::tuple_cat(AttentionBwdParams::fields(), AttentionMask::fields<AttentionBwdCpuParams>());
+  }
+};
+
+FASTLM_CPU_LAUNCHER(attention_fwd_cpu, AttentionFwdCpuParams)
+FASTLM_CPU_LAUNCHER(attention_bwd_cpu, AttentionBwdCpuParams)
 
 }  // namespace fastlm

@@ -21,7 +21,7 @@
 #include "attention/dropout.cuh"
 #include "attention/product.cuh"
 #include "attention/scores.cuh"
-#include "attention/sequence.cuh"
+#include "attention/sequence.h"
 #include "common/kernel_attributes.h"
 
 namespace fastlm {

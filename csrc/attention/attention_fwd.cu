@@ -18,7 +18,7 @@
 #include "attention/dropout.cuh"
 #include "attention/product.cuh"
 #include "attention/scores.cuh"
-#include "attention/sequence.cuh"
+#include "attention/sequence.h"
 #include "attention/softmax.cuh"
 #include "common/kernel_attributes.h"
 

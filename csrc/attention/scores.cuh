@@ -1,7 +1,7 @@
 // From products of query and key to scores in units of log2: scale, soft cap, ALiBi and who sees whom.
 #pragma once
 
-#include "attention/sequence.cuh"
+#include "attention/sequence.h"
 
 namespace fastlm {
 

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 #include <omp.h>
 
+#include "common/philox.h"
 #include "common/simd.h"
 
 namespace fastlm {
@@ -46,6 +48,66 @@ inline int threads_for(int64_t rows, int64_t cols) {
   if (rows * cols < kSmall) return 1;
   const int64_t most = omp_get_max_threads();
   return static_cast<int>(rows < most ? rows : most);
+}
+
+// Rows of A to work in, each at a multiple of 64 bytes, from the heap: none of the standard library's templates, see
+// simd.h.
+template <typename A>
+class Workspace {
+ public:
+  Workspace(int64_t rows, int64_t cols)
+      : stride_((cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        data_(static_cast<A*>(aligned_alloc(64, (rows * stride_ * sizeof(A) + 63) / 64 * 64))) {}
+  ~Workspace() { free(data_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  bool failed() const { return data_ == nullptr; }
+  A* row(int64_t n) { return data_ + n * stride_; }
+
+ private:
+  int64_t stride_;
+  A* data_;
+};
+
+// What dropout multiplies columns `first` to first + 63 of a row by. 16 calls of Philox at a time, which the compiler
+// makes vectors of.
+constexpr int kDropoutColumns = 64;
+
+template <typename A>
+void dropout_factors(double p, const int64_t* rng_state, int64_t row, int64_t first, A* factors) {
+  constexpr int kCalls = kDropoutColumns / 4;
+  const uint64_t threshold = Dropout(p).threshold;
+  const A scale = static_cast<A>(Dropout::scale_of(p));
+  uint32_t k0 = static_cast<uint32_t>(rng_state[0]), k1 = static_cast<uint32_t>(rng_state[0] >> 32);
+  uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls];
+  for (int i = 0; i < kCalls; ++i) {
+    c0[i] = static_cast<uint32_t>(first / 4 + i);
+    c1[i] = static_cast<uint32_t>(row);
+    c2[i] = static_cast<uint32_t>(row >> 32);
+    c3[i] = static_cast<uint32_t>(rng_state[1]);
+  }
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int i = 0; i < kCalls; ++i) {
+      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
+      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
+      c1[i] = static_cast<uint32_t>(p1);
+      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
+      c3[i] = static_cast<uint32_t>(p0);
+    }
+  }
+  for (int i = 0; i < kCalls; ++i) {
+    factors[4 * i + 0] = c0[i] >= threshold ? scale : 0;
+    factors[4 * i + 1] = c1[i] >= threshold ? scale : 0;
+    factors[4 * i + 2] = c2[i] >= threshold ? scale : 0;
+    factors[4 * i + 3] = c3[i] >= threshold ? scale : 0;
+  }
+}
+
+// 0 where the factor is 0, even if x is infinite.
+template <typename V>
+inline V dropped(V x, V factor) {
+  return factor != V{} ? x * factor : V{};
 }
 
 // A row of a result of `bytes` in all, written past the caches if the whole is larger than they are and the row is

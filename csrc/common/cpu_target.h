@@ -4,9 +4,9 @@
 
 namespace fastlm {
 
-enum CpuTarget : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kCpuTargets };
+enum CpuTarget : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx, kCpuTargets };
 
-constexpr const char* kCpuTargetNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kCpuTargetNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // Whether the variant was compiled and this processor (and operating system) can run it.
 bool cpu_target_runs(int target);
@@ -26,6 +26,9 @@ bool cpu_target_runs(int target);
   namespace avx512_bf16 {                 \
   const char* name(const Params& params); \
   }                                       \
+  namespace amx {                         \
+  const char* name(const Params& params); \
+  }                                       \
   const char* name(const Params& params, int target);
 
 // 1 in the baseline variant's translation unit, which is where that function is defined.
@@ -38,10 +41,11 @@ bool cpu_target_runs(int target);
 #define FASTLM_CPU_DISPATCH(name, Params)                                                              \
   const char* name(const Params& params, int target) {                                                 \
     if (!cpu_target_runs(target)) return "this processor does not have the instruction set asked for"; \
-    return (target == kAvx512Bf16 ? avx512_bf16::name                                                  \
-            : target == kAvx512   ? avx512::name                                                       \
-            : target == kAvx2     ? avx2::name                                                         \
-                                  : baseline::name)(params);                                           \
+    return (target == kAmx          ? amx::name                                                        \
+            : target == kAvx512Bf16 ? avx512_bf16::name                                                \
+            : target == kAvx512     ? avx512::name                                                     \
+            : target == kAvx2       ? avx2::name                                                       \
+                                    : baseline::name)(params);                                         \
   }
 #else
 #define FASTLM_CPU_DISPATCH(name, Params)                                                              \

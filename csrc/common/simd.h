@@ -13,6 +13,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__clang__)
+#define FASTLM_UNROLL _Pragma("unroll")
+#else
+#define FASTLM_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace fastlm {
 namespace {
 
@@ -212,6 +218,21 @@ inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// Whether a comparison holds in any lane.
+inline bool any(Vec<int32_t> lanes) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes)) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(lanes)) != 0;
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes<int32_t>; ++i) all |= lanes[i];
+  return all != 0;
+#endif
+}
+
 template <typename A>
 inline A largest(Vec<A> x) {
   A lanes[kLanes<A>], result;
@@ -241,6 +262,25 @@ inline Vec<float> exp(Vec<float> x) {
   const Words power = (reinterpret_cast<Words>(shifted) << 23) + 0x3F800000u;  // shifted ends in the bits of n
   y *= reinterpret_cast<Vec<float>>(power);
   return x < kLowest ? Vec<float>{} : y;
+}
+
+// 2^x within 2 ulp for x up to 127, exactly 1 for 0; 0 instead of subnormal numbers. With n = round(x), 2^n times the
+// polynomial of x - n whose largest relative error is least of those that are 1 at 0.
+inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> shifted = x + 0x1.8p23f;
+  const Vec<float> r = x - (shifted - 0x1.8p23f);
+  Vec<float> y = broadcast<float>(0x1.5bba14p-10f);
+  constexpr float kMore[] = {0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+  for (const float c : kMore) {
+    y = multiply_add(y, r, broadcast<float>(c));
+  }
+#if defined(__AVX512F__)
+  y = reinterpret_cast<Vec<float>>(
+      _mm512_maskz_scalef_ps(0xFFFF, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(shifted - 0x1.8p23f)));
+#else
+  y *= reinterpret_cast<Vec<float>>((reinterpret_cast<Words>(shifted) << 23) + 0x3F800000u);
+#endif
+  return x < -126.0f ? Vec<float>{} : y;
 }
 
 // tanh x within 4 ulp: Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would lose digits.

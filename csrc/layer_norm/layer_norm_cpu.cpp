@@ -8,34 +8,13 @@
 // Bytes of memory per row of C elements of e bytes: forward 2Ce, backward 3Ce, with a residual 4Ce each. Results larger
 // than the caches are written past them.
 #include <cmath>
-#include <cstdlib>
 
 #include "common/cpu_rows.h"
 #include "common/huge_pages.h"
-#include "common/philox.h"
 #include "layer_norm/layer_norm.h"
 
 namespace fastlm {
 namespace {
-
-// Rows of A to work in, from the heap: none of the standard library's templates, see common/simd.h.
-template <typename A>
-class Workspace {
- public:
-  Workspace(int64_t rows, int64_t cols)
-      : stride_((cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
-        data_(static_cast<A*>(aligned_alloc(64, (rows * stride_ * sizeof(A) + 63) / 64 * 64))) {}
-  ~Workspace() { free(data_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
-  bool failed() const { return data_ == nullptr; }
-  A* row(int64_t n) { return data_ + n * stride_; }
-
- private:
-  int64_t stride_;
-  A* data_;
-};
 
 template <typename A, typename W>
 void widen_row(const W* from, A* to, int64_t cols) {
@@ -55,46 +34,14 @@ const A* parameter(const void* p, DType dtype, A missing, int64_t cols, A* space
   return space;
 }
 
-// What dropout multiplies the columns of a row by. 16 calls of Philox at a time, which the compiler makes vectors of.
 template <typename A>
 void dropout_row(double p, const int64_t* rng_state, int64_t row, int64_t cols, A* factors) {
-  constexpr int kCalls = 16;
-  const uint64_t threshold = Dropout(p).threshold;
-  const A scale = static_cast<A>(Dropout::scale_of(p));
-  const uint32_t seed[2] = {static_cast<uint32_t>(rng_state[0]), static_cast<uint32_t>(rng_state[0] >> 32)};
-  for (int64_t first = 0; first < cols; first += 4 * kCalls) {
-    uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls], k0 = seed[0], k1 = seed[1];
-    for (int i = 0; i < kCalls; ++i) {
-      c0[i] = static_cast<uint32_t>(first / 4 + i);
-      c1[i] = static_cast<uint32_t>(row);
-      c2[i] = static_cast<uint32_t>(row >> 32);
-      c3[i] = static_cast<uint32_t>(rng_state[1]);
-    }
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      for (int i = 0; i < kCalls; ++i) {
-        const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
-        c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-        c1[i] = static_cast<uint32_t>(p1);
-        c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-        c3[i] = static_cast<uint32_t>(p0);
-      }
-    }
-    A block[4 * kCalls];
-    for (int i = 0; i < kCalls; ++i) {
-      block[4 * i + 0] = c0[i] >= threshold ? scale : 0;
-      block[4 * i + 1] = c1[i] >= threshold ? scale : 0;
-      block[4 * i + 2] = c2[i] >= threshold ? scale : 0;
-      block[4 * i + 3] = c3[i] >= threshold ? scale : 0;
-    }
-    const int64_t count = cols - first < 4 * kCalls ? cols - first : 4 * kCalls;
+  for (int64_t first = 0; first < cols; first += kDropoutColumns) {
+    A block[kDropoutColumns];
+    dropout_factors(p, rng_state, row, first, block);
+    const int64_t count = cols - first < kDropoutColumns ? cols - first : kDropoutColumns;
     memcpy(factors + first, block, count * sizeof(A));
   }
-}
-
-// 0 where the factor is 0, even if x is infinite.
-template <typename A>
-inline Vec<A> dropped(Vec<A> x, Vec<A> factor) {
-  return factor != Vec<A>{} ? x * factor : Vec<A>{};
 }
 
 template <typename T>
@@ -137,7 +84,7 @@ void fwd_sum(const LayerNormFwdParams& p, int64_t row, A* factors, FwdRow<A>& st
     if (p.rng_state != nullptr) dropout_row(p.dropout_p, p.rng_state, row, cols, factors);
     for_columns<A>(cols, [&](int64_t c, int64_t count, int chain) {
       Vec<A> x = load(input + c, count);
-      if (p.rng_state != nullptr) x = dropped<A>(x, load(factors + c, count));
+      if (p.rng_state != nullptr) x = dropped(x, load(factors + c, count));
       const Packed<R> rounded = Pack<R>::bits(x + load(residual + c, count));
       x = load(reinterpret_cast<const R*>(&rounded));
       new_residual.put(c, x, count);
@@ -266,7 +213,7 @@ void bwd_grads(const LayerNormBwdParams& p, int64_t row, A* factors, const BwdRo
       if (plain.value) return grad_input.put(c, grad, count);
       if (p.grad_new_residual != nullptr) grad += load(grad_new_residual + c, count);
       if (p.grad_residual != nullptr) grad_residual.put(c, grad, count);
-      if (p.rng_state != nullptr) grad = dropped<A>(grad, load(factors + c, count));
+      if (p.rng_state != nullptr) grad = dropped(grad, load(factors + c, count));
       if (p.grad_input != nullptr) grad_input.put(c, grad, count);
     });
   };

@@ -420,11 +420,6 @@ class Suite(NamedTuple):
     kernels: tuple[str, ...]
     headers: tuple[str, ...]
     checks: Callable[[], list[Check]]
-    judged: tuple[str, ...] | None = None  # files whose mutants are all killed or listed; None: all
-
-    @property
-    def to_draw_from(self) -> tuple[str, ...]:
-        return self.kernels + self.headers if self.judged is None else self.judged
 
 
 SUITES = {
@@ -447,10 +442,10 @@ SUITES = {
     "attention": Suite(
         kernels=("attention/attention_fwd.cu", "attention/attention_bwd.cu"),
         headers=(
-            *(f"attention/{name}.cuh" for name in ("sequence", "tile", "product", "scores", "dropout", "softmax")),
+            "attention/sequence.h",
+            *(f"attention/{name}.cuh" for name in ("tile", "product", "scores", "dropout", "softmax")),
         ),
         checks=attention_checks,
-        judged=("attention/attention_fwd.cu",),
     ),
 }
 
@@ -734,7 +729,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pattern", nargs="?", default="", help="a regular expression for mutants, as they are printed")
     parser.add_argument("--op", choices=SUITES, help="default: all")
     parser.add_argument("--file", default="", help="part of a file's name")
-    parser.add_argument("--sample", type=int, help="so many, drawn at random from the files that are judged")
+    parser.add_argument("--sample", type=int, help="so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--all-checks", action="store_true", help="also for mutants that are known to change nothing")
@@ -745,8 +740,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = dict.fromkeys(mutant for op in ops[: 1 if args.op else None] for mutant in all_mutants(op))
     chosen = [m for m in every if args.file in m.file and re.search(args.pattern, str(m))]
     if args.sample is not None:
-        files = {file for op in ops for file in SUITES[op].to_draw_from}
-        chosen = [m for m in chosen if m.file in files]
         chosen = random.Random(args.seed).sample(chosen, min(args.sample, len(chosen)))
     if args.list:
         print(*chosen, sep="\n")

@@ -24,6 +24,11 @@ def splits_bwd(keys: int, heads: int) -> int:
     return max(1, min(-(-keys // KEY_TILE_BWD), max(-(-128 // heads), min(4, 512 // heads))))
 
 
+def splits_bwd_cpu(keys: int, heads: int) -> int:
+    """The same for the CPU, whatever the number of threads: each part lays out the queries once more."""
+    return max(1, min(keys // 512, -(-16 // heads)))
+
+
 def kernels(launchers: Launchers) -> Kernels:
     return Kernels(fwd=functools.partial(_fwd, launchers), bwd=functools.partial(_bwd, launchers))
 
@@ -34,13 +39,17 @@ def is_aligned(x: Tensor) -> bool:
     return is_ready(x) and x.data_ptr() % 16 == 0 and not any(stride * x.element_size() % 16 for stride in strides)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+def _is_cpu(launchers: Launchers) -> bool:
+    return launchers.suffix == "_cpu"
+
+
+def _readable(launchers: Launchers, x: Tensor) -> Tensor:
+    return x if _is_cpu(launchers) or is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _problem(launchers: Launchers, problem: Problem) -> tuple[Any, ...]:
     """The fields of AttentionProblem, and the tensors that must live until the launch."""
-    query, key, value = map(_aligned, (problem.query, problem.key, problem.value))
+    query, key, value = (_readable(launchers, x) for x in (problem.query, problem.key, problem.value))
     slopes, lengths = problem.alibi_slopes, problem.key_lengths
     slopes = None if slopes is None else slopes.float().contiguous()
     lengths = None if lengths is None else lengths.int()
@@ -72,6 +81,17 @@ def _problem(launchers: Launchers, problem: Problem) -> tuple[Any, ...]:
     return fields, (query, key, value, slopes, lengths)
 
 
+def _mask(launchers: Launchers, problem: Problem) -> tuple[Any, ...]:
+    """The fields of AttentionMask, which the CPU has."""
+    mask = problem.attn_mask
+    if not _is_cpu(launchers):
+        return ()
+    if mask is None:
+        return 0, 0, 0, False
+    boolean = mask.dtype == torch.bool
+    return mask.data_ptr(), mask.stride(), 0 if boolean else launchers.codes[mask.dtype], boolean
+
+
 def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) -> None:
     grouped = problem.max_seqlen_q <= DECODE
     heads = problem.key.shape[1] if grouped else problem.query.shape[1]
@@ -90,6 +110,7 @@ def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) ->
         output.stride(),
         parts,
         grouped,
+        *_mask(launchers, problem),
         *launchers.extra(output),
     )
 
@@ -97,28 +118,34 @@ def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) ->
 def _bwd(
     launchers: Launchers, problem: Problem, grad_output: Tensor, output: Tensor, lse: Tensor, *grads: Tensor | None
 ) -> None:
-    query, key = problem.query, problem.key
-    stats = lse.new_empty((2, *lse.shape))
-    parts = splits_bwd(problem.max_seqlen_k, max(1, key.shape[1] * problem.sequences))
-    partial = None
-    if grads[0] is not None:
-        rows = query.shape[0] * query.shape[2] + QUERY_TILE_BWD * (problem.sequences + 1)
-        width = -(-max(query.shape[3], problem.value.shape[3]) // 32) * 32
-        partial = lse.new_empty((parts, query.shape[1], rows, width))
-    grad_output, output, lse = _aligned(grad_output), _aligned(output), lse.contiguous()
+    query, heads = problem.query, max(1, problem.key.shape[1] * problem.sequences)
+    stats = partial = None
+    if _is_cpu(launchers):
+        parts = splits_bwd_cpu(problem.max_seqlen_k, heads)
+        if grads[0] is not None and parts > 1:
+            partial = lse.new_empty((parts, *query.shape))
+    else:
+        parts = splits_bwd(problem.max_seqlen_k, heads)
+        stats = lse.new_empty((2, *lse.shape))
+        if grads[0] is not None:
+            rows = query.shape[0] * query.shape[2] + QUERY_TILE_BWD * (problem.sequences + 1)
+            width = -(-max(query.shape[3], problem.value.shape[3]) // 32) * 32
+            partial = lse.new_empty((parts, query.shape[1], rows, width))
+    grad_output, output, lse = _readable(launchers, grad_output), _readable(launchers, output), lse.contiguous()
     fields, _alive = _problem(launchers, problem)
     launchers.attention_bwd(
         *fields,
         grad_output.data_ptr(),
         output.data_ptr(),
         lse.data_ptr(),
-        stats.data_ptr(),
+        _pointer(stats),
         _pointer(partial),
         *map(_pointer, grads),
         grad_output.stride(),
         output.stride(),
         *((0, 0, 0, 0) if grad is None else grad.stride() for grad in grads),
         parts,
+        *_mask(launchers, problem),
         *launchers.extra(output),
     )
 

@@ -22,7 +22,7 @@ from fastlm.ops.checks import (
     check_probability,
     check_tensor,
 )
-from fastlm.ops.compiled import CUDA, Launchers, triton_devices, triton_missing
+from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
 from fastlm.ops.measured import fastest
 from fastlm.ops.registry import FLOATS, Backend, Op
 
@@ -480,14 +480,18 @@ def _beyond_bwd(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs)
 
 
 def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> str:
-    """On a GPU ours for what torch's op lacks or takes as a mask only, which is memory quadratic in T; else whatever
+    """Ours for what torch's op lacks or takes as a mask only, which is memory quadratic in T; else whatever
     measured.json says."""
     packed = isinstance(inputs, VarlenAttentionInputs)  # which torch's op is not for
     if not inputs.query.is_cpu and (packed or _native_lacks(inputs) or _needs_mask(inputs)):  # type: ignore[arg-type]
         if _kernel_reasons(inputs):
             return ""
         return "cuda" if _suits_cuda(inputs) else "triton"
-    return "" if torch.compiler.is_compiling() else fastest(op, inputs.query)
+    if torch.compiler.is_compiling():
+        return ""
+    if inputs.query.is_cpu and (_native_lacks(inputs) or (not packed and _hides_or_biases(inputs))):  # type: ignore[arg-type]
+        return "cpu"
+    return fastest(op, inputs.query)
 
 
 def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:
@@ -509,7 +513,12 @@ def _key(inputs: ScaledDotProductAttentionInputs) -> tuple[Any, ...]:
 
 def _needs_mask(inputs: ScaledDotProductAttentionInputs) -> bool:
     """Whether it is only by a mask made for the call that torch's op can do it."""
-    hides = inputs.window_left >= 0 or inputs.window_right >= 0 or inputs.key_lengths is not None
+    return inputs.key_lengths is not None or _hides_or_biases(inputs)
+
+
+def _hides_or_biases(inputs: ScaledDotProductAttentionInputs) -> bool:
+    """The same, less caches: on a CPU torch's op is given what is filled of them."""
+    hides = inputs.window_left >= 0 or inputs.window_right >= 0
     return hides or inputs.alibi_slopes is not None or (inputs.attn_mask is not None and inputs.is_causal)
 
 
@@ -771,6 +780,17 @@ def register(
     VARLEN_ATTENTION.register(backend(_check_lengths, VarlenAttentionInputs, kernels.packed_fwd, kernels.packed_bwd))
 
 
+def register_cpu(name: str, launchers: Launchers) -> None:
+    """Registers a variant of the CPU kernels as a backend."""
+    register(
+        name,
+        functools.cache(lambda: launch.kernels(launchers)),
+        devices={"cpu"},
+        dtypes=FLOATS - {torch.float64},
+        available=launchers.missing,
+    )
+
+
 def register_cuda(name: str, launchers: Launchers, device: str = "cuda") -> None:
     """Registers the CUDA kernels as a backend."""
     register(
@@ -790,5 +810,6 @@ def _triton() -> kernels.Kernels:
     return triton.KERNELS
 
 
+register_cpu("cpu", CPU)
 register_cuda("cuda", CUDA)
 register("triton", _triton, devices=triton_devices(), dtypes=FLOATS - {torch.float64}, available=triton_missing)
