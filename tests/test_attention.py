@@ -275,24 +275,26 @@ def inputs_on(device, dtype=torch.bfloat16, **options):
     return attention.ScaledDotProductAttentionInputs(**(fields | options))
 
 
-FIRST = {
-    "plain": ({}, ""),
-    "soft cap": ({"softcap": 2.0}, "triton"),
-    "lse": ({"return_lse": True}, "triton"),
-    "window": ({"window_left": 3}, "triton"),
-    "ALiBi": ({"alibi_slopes": torch.ones(4)}, "triton"),
-    "cache": ({"key_lengths": torch.ones(2)}, "triton"),
-    "mask": ({"attn_mask": torch.ones(8, 8), "is_causal": False}, ""),
-    "mask and causal": ({"attn_mask": torch.ones(8, 8)}, "triton"),
-    "mask with a gradient": ({"attn_mask": torch.ones(8, 8, requires_grad=True), "softcap": 2.0}, ""),
+FIRST = {  # on a device that is no CPU, on a CPU
+    "plain": ({}, "", ""),
+    "soft cap": ({"softcap": 2.0}, "triton", "cpu"),
+    "lse": ({"return_lse": True}, "triton", "cpu"),
+    "window": ({"window_left": 3}, "triton", "cpu"),
+    "ALiBi": ({"alibi_slopes": torch.ones(4)}, "triton", "cpu"),
+    "cache": ({"key_lengths": torch.ones(2)}, "triton", ""),
+    "mask": ({"attn_mask": torch.ones(8, 8), "is_causal": False}, "", ""),
+    "mask and causal": ({"attn_mask": torch.ones(8, 8)}, "triton", "cpu"),
+    "mask with a gradient": ({"attn_mask": torch.ones(8, 8, requires_grad=True), "softcap": 2.0}, "", ""),
 }
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_beyond_a_cpu_kernels_come_first_only_for_what_torch_lacks_or_makes_a_mask_for(name):
-    options, first = FIRST[name]
-    assert attention._first("scaled_dot_product_attention", inputs_on("meta", **options)) == first
-    assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == ""
+def test_kernels_come_first_for_what_torch_lacks_or_makes_a_mask_for(name):
+    options, beyond, cpu = FIRST[name]
+    assert attention._first("scaled_dot_product_attention", inputs_on("meta", **options)) == beyond
+    assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == cpu
+    with torch.no_grad():
+        assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == cpu
 
 
 def test_kernels_are_for_compute_capability_8_and_newer(monkeypatch):

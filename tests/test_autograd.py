@@ -431,6 +431,8 @@ OPCHECKED = [(op, name) for op in OPS for name in ("reference", "cpu") if name i
 @pytest.mark.parametrize(("op", "backend"), OPCHECKED)
 def test_opcheck_finds_nothing_in_forward_and_backward(op, backend, layout, dtype):
     name = next(name for name in ONE_EACH if BY_NAME[name].op == op)
+    if backend == "cpu" and f"{name}, fixed" in BY_NAME:  # kernels give no gradient of a mask
+        name = f"{name}, fixed"
     record, seen = OPS[op].backends[backend], {}
     if missing := record.available():
         pytest.skip(missing)

@@ -487,7 +487,8 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
         if _kernel_reasons(inputs):
             return ""
         return "cuda" if _suits_cuda(inputs) else "triton"
-    if torch.compiler.is_compiling():
+    mask = getattr(inputs, "attn_mask", None)
+    if torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):  # whether or not it is to get one
         return ""
     if inputs.query.is_cpu and (_native_lacks(inputs) or (not packed and _hides_or_biases(inputs))):  # type: ignore[arg-type]
         return "cpu"
