@@ -102,16 +102,14 @@ struct Second {
 struct Accumulators {
   float* at;
   int64_t row;
-  bool fresh;  // begin with 0, and not with what they are
+  bool fresh;  // what is there is not added to
 };
 
 template <typename K, int kRows, int kColumns>
 __attribute__((noinline)) void multiply(const Accumulators& c, const First& a, const Second& b, int64_t steps) {
   Vec<float> sums[kRows][kColumns];
   FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) {
-      sums[r][n] = c.fresh ? Vec<float>{} : load(c.at + r * c.row + n * kLane);
-    }
+    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] = Vec<float>{};
   }
   const uint32_t *left = a.at, *right = b.at;
   for (int64_t step = 0; step < steps; ++step, ++left, right += b.row) {
@@ -123,7 +121,10 @@ __attribute__((noinline)) void multiply(const Accumulators& c, const First& a, c
     }
   }
   FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) store(c.at + r * c.row + n * kLane, sums[r][n]);
+    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) {
+      float* const to = c.at + r * c.row + n * kLane;
+      store(to, c.fresh ? sums[r][n] : load(to) + sums[r][n]);
+    }
   }
 }
 
@@ -197,6 +198,8 @@ struct TileConfig {
 };
 #endif
 
+constexpr int64_t kChain = 64;  // steps
+
 // A strip of c; `columns` is a multiple of kLane.
 template <typename K>
 void multiply_strip(int rows, int64_t columns, Accumulators c, const First& a, Second b, int64_t steps) {
@@ -210,6 +213,12 @@ void multiply_strip(int rows, int64_t columns, Accumulators c, const First& a, S
   } else
 #endif
   {
+    if (steps > kChain) {  // sums of sums: with so many terms one after the other rounding would add up
+      multiply_strip<K>(rows, columns, c, a, b, kChain);
+      c.fresh = false;
+      return multiply_strip<K>(rows, columns, c, {a.at + kChain, a.row}, {b.at + kChain * b.row, b.row},
+                               steps - kChain);
+    }
     for (int vectors; columns > 0; columns -= vectors * kLane, c.at += vectors * kLane, b.at += vectors * kLane) {
       vectors = columns >= kVectors * kLane ? kVectors : static_cast<int>(columns / kLane);
       (rows == 6   ? multiply_of<K, 6>(vectors)
