@@ -178,7 +178,7 @@ def test_parts_of_keys_depend_on_the_shape_alone():
 @pytest.mark.parametrize("backend", VARIANTS)
 def test_a_query_that_sees_one_key_has_a_gradient_of_zero(backend, dtype):
     tensors = qkv(1, 2, 2, 70, 70, 24, dtype=dtype)
-    output, lse, *grads = answers(backend, DENSE, tensors, window=(0, 0))
+    output, _, *grads = answers(backend, DENSE, tensors, window=(0, 0))
     assert torch.equal(output, tensors[2])
     assert not grads[0].any()
     assert not grads[1].any()
@@ -192,17 +192,15 @@ def test_sharp_scores(scale_by, backend):
 
 
 @pytest.mark.parametrize("backend", VARIANTS)
-def test_nan_and_infinity_reach_only_the_rows_that_see_them(backend):
-    for bad in (float("nan"), float("inf")):
-        q, k, v = qkv(1, 1, 1, 130, 130, 16)
-        q[0, 0, 3, 0], v[0, 0, 100] = bad, bad
-        with fastlm.use_backend(backend):
-            output = DENSE(q, k, v, is_causal=True)[0, 0]
-        finite = output.isfinite().all(1)
-        assert not finite[3]
-        assert not finite[100:].any()
-        assert finite[:3].all()
-        assert finite[4:100].all()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_of_a_query_stay_in_its_row(bad, backend):
+    q, k, v = qkv(1, 1, 1, 130, 130, 16)
+    with fastlm.use_backend(backend):
+        expected = DENSE(q, k, v, is_causal=True)[0, 0]
+        q[0, 0, 3, 0] = bad
+        output = DENSE(q, k, v, is_causal=True)[0, 0]
+    assert output[3].isnan().all()
+    assert_same_bits([output[:3], output[4:]], [expected[:3], expected[4:]])
 
 
 @pytest.mark.parametrize("backend", VARIANTS)
