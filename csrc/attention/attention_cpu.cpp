@@ -44,11 +44,15 @@ RowsOf<T> from_row(const RowsOf<T>& rows, int64_t first) {
 
 // Lays a tile of rows out as paired words and, where that is asked for, as transposed ones.
 template <typename K, typename T>
-void lay_out_rows(const RowsOf<T>& from, int64_t count, uint32_t* natural, uint32_t* pairs, uint32_t* transposed) {
-  pack_natural<K>(from, count, kTile, K::kPer == 1 ? pairs : natural);
-  if constexpr (K::kPer > 1) pair_rows(natural, kTile, from.cols, pairs);
-  const int64_t words = natural_words<K>(from.cols);
-  if (transposed) transpose_rows(K::kPer == 1 ? pairs : natural, words, kTile, words, transposed);
+void lay_out_rows(const RowsOf<T>& from, int64_t count, uint32_t* space, uint32_t* pairs, uint32_t* transposed) {
+  First natural = {pairs, natural_words<K>(from.cols)};
+  if constexpr (K::kPer == 1) {
+    pack_natural<K>(from, count, kTile, pairs);
+  } else {
+    natural = natural_rows<K>(from, count, kTile, space);
+    pair_rows(natural, kTile, from.cols, pairs);
+  }
+  if (transposed) transpose_rows(natural, kTile, natural_words<K>(from.cols), transposed);
 }
 
 template <typename T>
@@ -91,9 +95,11 @@ struct Row {
   Vec<float> total;
 };
 
-// Scores to probabilities; returns by what was summed before is to be multiplied.
-template <typename K>
+// Scores to probabilities; returns by what was summed before is to be multiplied. kPlain: of kTile columns, without
+// dropout.
+template <typename K, bool kPlain>
 float softmax(int cols, const float* s, float unit, const float* dropout, Row& row, uint32_t* probabilities) {
+  if (kPlain) cols = kTile;
   Vec<float> tops = broadcast<float>(-INFINITY);
   for (int at = 0; at < cols; at += kLane) tops = max(load(s + at), tops);
   float factor = 1.0f;
@@ -103,13 +109,21 @@ float softmax(int cols, const float* s, float unit, const float* dropout, Row& r
     row.total *= factor;
     row.base = top;
   }
-  const float less = row.base == -INFINITY ? 0.0f : row.base;
+  const Vec<float> units = broadcast<float>(unit), less = broadcast<float>(row.base == -INFINITY ? 0.0f : -row.base);
   typename K::Element* const to = reinterpret_cast<typename K::Element*>(probabilities);
-  for (int at = 0; at < cols; at += kLane) {
-    const Vec<float> p = exp2((load(s + at) * unit - less) * kLog2e);
-    row.total += p;
-    store(to + at, dropout == nullptr ? p : dropped(p, load(dropout + at)));
+  Vec<float> total = row.total;
+  FASTLM_UNROLL for (int at = 0; at < cols; at += 2 * kLane) {
+    Vec<float> p[2];
+    FASTLM_UNROLL for (int n = 0; n < 2; ++n) {
+      const int here = at + n * kLane;
+      if (!kPlain && here >= cols) return row.total = total, store(to + at, p[0]), factor;
+      p[n] = exp2(multiply_add(load(s + here), units, less) * kLog2e);
+      total += p[n];
+      if (!kPlain && dropout != nullptr) p[n] = dropped(p[n], load(dropout + here));
+    }
+    store_two(to + at, p[0], p[1]);
   }
+  row.total = total;
   return factor;
 }
 
@@ -180,7 +194,7 @@ class Forward {
     for (int tile = tiles.start; tile < tiles.stop; ++tile) {
       const int first = tile * kTile, count = smaller(sequence.keys - first, kTile);
       const First key = natural_rows<K>(from_row(keys, first), count, kTile, space.natural.row(0));
-      transpose_rows(key.at, key.row, kTile, natural_words<K>(p_.head_dim), space.keys.row(tile - tiles.start));
+      transpose_rows(key, kTile, natural_words<K>(p_.head_dim), space.keys.row(tile - tiles.start));
       lay_out_rows<K>(from_row(values, first), count, space.natural.row(0), space.values.row(tile - tiles.start),
                       nullptr);
     }
@@ -201,10 +215,19 @@ class Forward {
       const int query = p_.grouped ? (first + r) % sequence.queries : first + r;
       places[r] = {of, query, sequence.row(p_, of) + query};
       rows[r].base = -INFINITY, rows[r].total = Vec<float>{};
-      const auto source = query_rows<T>(sequence, p_.query, p_.query_strides, of, p_.head_dim);
-      pack_natural<K>(from_row(source, query), 1, 1, space.query.row(r));
     }
-    const int64_t words = natural_words<K>(p_.head_dim), width = paired_words(p_.value_dim);
+    First queries = {space.query.row(0), natural_words<K>(p_.head_dim)};
+    for (int r = 0, run; r < count; r += run) {  // of a head
+      run = smaller(count - r, sequence.queries - places[r].query);
+      const auto all = query_rows<T>(sequence, p_.query, p_.query_strides, places[r].head, p_.head_dim);
+      const auto source = from_row(all, places[r].query);
+      if (run < count || count % K::kRows != 0) {
+        pack_natural<K>(source, run, run, space.query.row(r));
+      } else {
+        queries = natural_rows<K>(source, run, run, space.query.row(0));
+      }
+    }
+    const int64_t width = paired_words(p_.value_dim);
     memset(space.output.row(0), 0, count * width * sizeof(float));
 
     const int first_query = p_.grouped ? 0 : first, last_query = p_.grouped ? sequence.queries - 1 : first + count - 1;
@@ -223,7 +246,7 @@ class Forward {
         }
         if (cols[r] == 0) continue;
         alignas(64) float s[K::kStrip * kTile], dropout[kDropoutColumns];
-        multiply_strip<K>(strip, wide<K>(cols[r]), {s, kTile, true}, {space.query.row(r), words},
+        multiply_all<K>(strip, wide<K>(cols[r]), {s, kTile, true}, {queries.at + r * queries.row, queries.row},
                           {space.keys.row(tile - own.start), kTile}, steps_of<K>(p_.head_dim));
         for (int n = 0; n < here; ++n) {
           const Place& place = places[r + n];
@@ -234,15 +257,17 @@ class Forward {
           if (p_.rng_state != nullptr) {
             dropout_factors(p_.dropout_p, p_.rng_state, place.number, first_key, dropout);
           }
-          const float factor = softmax<K>(wide<K>(cols[r]), row, scores_.unit, p_.rng_state ? dropout : nullptr,
-                                          rows[r + n], space.probabilities.row(r + n));
+          const bool simple = cols[r] == kTile && p_.rng_state == nullptr;
+          const float factor = (simple ? softmax<K, true> : softmax<K, false>)(
+              wide<K>(cols[r]), row, scores_.unit, p_.rng_state ? dropout : nullptr, rows[r + n],
+              space.probabilities.row(r + n));
           if (factor != 1.0f) write_row(space.output.row(r + n), factor, width, space.output.row(r + n));
         }
       }
       for (int r = 0, strip; r < count; r += strip) {
         strip = strip_of<K>(count - r);
         if (cols[r] == 0) continue;
-        multiply_strip<K>(strip, width, {space.output.row(r), width, false},
+        multiply_all<K>(strip, width, {space.output.row(r), width, false},
                           {space.probabilities.row(r), kTile / K::kPer}, {space.values.row(tile - own.start), width},
                           steps_of<K>(cols[r]));
       }
@@ -305,7 +330,7 @@ template <typename K>
 struct BwdSpace {
   // Of tiles of queries and their gradients of output, one head of the group after the other.
   Workspace<uint32_t> queries, query_pairs, grads, grad_pairs;
-  Workspace<float> lse, delta;
+  Workspace<float> less, delta;
   Workspace<float> grad_queries;  // transposed
   // Of a tile of keys.
   Workspace<uint32_t> natural, key, value, key_columns;
@@ -319,7 +344,7 @@ struct BwdSpace {
         query_pairs(tiles, kTile / K::kPer * paired_words(p.head_dim)),
         grads(tiles, kTile * natural_words<K>(p.value_dim)),
         grad_pairs(tiles, kTile / K::kPer * paired_words(p.value_dim)),
-        lse(tiles, kTile),
+        less(tiles, kTile),
         delta(tiles, kTile),
         grad_queries(tiles, kTile * paired_words(p.head_dim)),
         natural(kTile, larger(paired_words(p.head_dim), paired_words(p.value_dim))),
@@ -335,7 +360,7 @@ struct BwdSpace {
         dropout_rows(kTile, kTile) {}
 
   bool failed() const {
-    return queries.failed() || query_pairs.failed() || grads.failed() || grad_pairs.failed() || lse.failed() ||
+    return queries.failed() || query_pairs.failed() || grads.failed() || grad_pairs.failed() || less.failed() ||
            delta.failed() || grad_queries.failed() || natural.failed() || key.failed() || value.failed() ||
            key_columns.failed() || grad_key.failed() || grad_value.failed() || probabilities.failed() ||
            grad_scores.failed() || grad_score_pairs.failed() || dropout.failed() || dropout_rows.failed();
@@ -440,13 +465,13 @@ class Backward {
     constexpr int kRows = K::kRows > 1 ? K::kRows : 4;
     alignas(64) float products[kRows * kLane];
     for (int row = 0; row < kTile; row += kRows) {
-      multiply_strip<K>(kRows, kLane, {products, kLane, true}, {output.at + row * output.row, output.row},
+      multiply_all<K>(kRows, kLane, {products, kLane, true}, {output.at + row * output.row, output.row},
                         {space.grads.row(tile) + row / kLane * kLane, kTile}, steps_of<K>(p_.value_dim));
       for (int n = 0; n < kRows; ++n) space.delta.row(tile)[row + n] = products[n * kLane + (row + n) % kLane];
     }
     const float* const lse = p_.lse + sequence.row(p_, head) + first;
     for (int row = 0; row < kTile; ++row) {  // of a query that sees nothing all is 0
-      space.lse.row(tile)[row] = row < count && lse[row] != -INFINITY ? lse[row] : INFINITY;
+      space.less.row(tile)[row] = row < count && lse[row] != -INFINITY ? -lse[row] : -INFINITY;
     }
   }
 
@@ -463,10 +488,10 @@ class Backward {
     const First key = natural_rows<K>(from_row(keys, first_key), count, kTile, space.key.row(0));
     First pairs = key;
     if constexpr (K::kPer > 1) {
-      pair_rows(key.at, kTile, p_.head_dim, space.natural.row(0));
+      pair_rows(key, kTile, p_.head_dim, space.natural.row(0));
       pairs = {space.natural.row(0), paired_words(p_.head_dim)};
     }
-    transpose_rows(pairs.at, pairs.row, kTile / K::kPer, paired_words(p_.head_dim), space.key_columns.row(0));
+    transpose_rows(pairs, kTile / K::kPer, paired_words(p_.head_dim), space.key_columns.row(0));
     return {key, value};
   }
 
@@ -478,7 +503,7 @@ class Backward {
       for (int n = 0; n < kTile; ++n) {
         dropout_factors(p_.dropout_p, p_.rng_state, row + n, first_key, space.dropout_rows.row(n));
       }
-      transpose_rows(reinterpret_cast<const uint32_t*>(space.dropout_rows.row(0)), kTile, kTile, kTile,
+      transpose_rows({reinterpret_cast<const uint32_t*>(space.dropout_rows.row(0)), kTile}, kTile, kTile,
                      reinterpret_cast<uint32_t*>(space.dropout.row(0)));
     }
     const int last = smaller(first + kTile, sequence.queries) - 1;
@@ -494,10 +519,10 @@ class Backward {
       const bool plain = !scores_.general() && whole.have(first) && whole.have(last);
       alignas(64) float s[K::kStrip * kTile], grad[K::kStrip * kTile], slopes[K::kStrip * kTile];
       if (span.some()) {
-        multiply_strip<K>(strip, span.count(), {s + span.start, kTile, true},
+        multiply_all<K>(strip, span.count(), {s + span.start, kTile, true},
                           {keys.key.at + key * keys.key.row, keys.key.row},
                           {space.queries.row(tile) + span.start, kTile}, steps_of<K>(p_.head_dim));
-        multiply_strip<K>(strip, span.count(), {grad + span.start, kTile, true},
+        multiply_all<K>(strip, span.count(), {grad + span.start, kTile, true},
                           {keys.value.at + key * keys.value.row, keys.value.row},
                           {space.grads.row(tile) + span.start, kTile}, steps_of<K>(p_.value_dim));
       }
@@ -506,7 +531,9 @@ class Backward {
         scores_.finish(sequence, {head, first + span.start, low_key + n, false, count - span.start}, span.count(),
                        s + place, slopes + place);
       }
-      differentiate(strip, span, s, grad, scores_.capped() ? slopes : nullptr, tile, key, space);
+      const bool simple = span.count() == kTile && p_.rng_state == nullptr && !scores_.capped();
+      const auto differentiate = simple ? &Backward::differentiate<true> : &Backward::differentiate<false>;
+      (this->*differentiate)(strip, span, s, grad, scores_.capped() ? slopes : nullptr, tile, key, space);
     }
     // One product for all strips after the other: what is common to them stays in the nearest cache.
     const auto add = [&](Workspace<float>& to, int64_t cols, Workspace<uint32_t>& by, const uint32_t* with) {
@@ -514,7 +541,7 @@ class Backward {
         strip = strip_of<K>(kTile - key);
         if (!spans[key].some()) continue;
         const int64_t skip = spans[key].start / K::kPer;
-        multiply_strip<K>(strip, cols, {to.row(key), cols, false}, {by.row(key) + skip, kTile / K::kPer},
+        multiply_all<K>(strip, cols, {to.row(key), cols, false}, {by.row(key) + skip, kTile / K::kPer},
                           {with + skip * cols, cols}, steps_of<K>(spans[key].count()));
       }
     };
@@ -531,34 +558,41 @@ class Backward {
   }
 
   // From scores and gradients of probabilities, of a strip of keys and a span of a tile of queries, to probabilities
-  // and gradients of scores in words; zeros for the other queries.
+  // and gradients of scores in words; zeros for the other queries. kPlain: of all queries, without dropout and a soft
+  // cap.
+  template <bool kPlain>
   void differentiate(int strip, const Span& span, const float* s, const float* grad, const float* slopes, int tile,
                      int key, BwdSpace<K>& space) const {
     using Element = typename K::Element;
-    const float *const lse = space.lse.row(tile), *const delta = space.delta.row(tile);
-    for (int r = 0; r < strip; r += 2) {
-      for (int at = 0; at < kTile; at += kLane) {
-        Vec<float> grads[2] = {};
-        for (int n = 0; n < 2; ++n) {
-          Vec<float> p = {};
-          if (span.start <= at && at < span.stop) {
-            const int here = (r + n) * kTile + at;
-            p = exp2((load(s + here) * scores_.unit - load(lse + at)) * kLog2e);
-            Vec<float> upstream = load(grad + here);
-            Vec<float> kept = p;
-            if (p_.rng_state != nullptr) {
-              const Vec<float> factors = load(space.dropout.row(key + r + n) + at);
-              upstream = dropped(upstream, factors);
-              kept = dropped(p, factors);
-            }
-            grads[n] = p * (upstream - load(delta + at));
-            if (slopes != nullptr) grads[n] *= load(slopes + here);
-            p = kept;
+    const float *const less = space.less.row(tile), *const delta = space.delta.row(tile);
+    const float* const dropout = p_.rng_state == nullptr ? nullptr : space.dropout.row(key);
+    Element* const probabilities = reinterpret_cast<Element*>(space.probabilities.row(key));
+    Element* const grad_scores = reinterpret_cast<Element*>(space.grad_scores.row(key));
+    uint32_t* const pairs = K::kPer == 1 ? nullptr : space.grad_score_pairs.row(key / 2);
+    const Vec<float> unit = broadcast<float>(scores_.unit);
+    for (int row = 0; row < strip * kTile; row += 2 * kTile) {
+      FASTLM_UNROLL for (int at = 0; at < kTile; at += 2 * kLane) {
+        Vec<float> p[2][2] = {}, grads[2][2] = {};
+        FASTLM_UNROLL for (int n = 0; n < 4; ++n) {
+          const int column = at + n % 2 * kLane, here = row + n / 2 * kTile + column;
+          if (!kPlain && !(span.start <= column && column < span.stop)) continue;
+          Vec<float> kept = exp2(multiply_add(load(s + here), unit, load(less + column)) * kLog2e);
+          Vec<float>& grad_score = grads[n / 2][n % 2];
+          if (!kPlain && dropout != nullptr) {
+            const Vec<float> factors = load(dropout + here);
+            grad_score = kept * (dropped(load(grad + here), factors) - load(delta + column));
+            kept = dropped(kept, factors);
+          } else {
+            grad_score = kept * (load(grad + here) - load(delta + column));
           }
-          store(reinterpret_cast<Element*>(space.probabilities.row(key + r + n)) + at, p);
-          store(reinterpret_cast<Element*>(space.grad_scores.row(key + r + n)) + at, grads[n]);
+          if (!kPlain && slopes != nullptr) grad_score *= load(slopes + here);
+          p[n / 2][n % 2] = kept;
         }
-        if constexpr (K::kPer == 2) put(space.grad_score_pairs.row((key + r) / 2) + at, paired(grads[0], grads[1]));
+        FASTLM_UNROLL for (int n = 0; n < 2; ++n) {
+          store_two(probabilities + row + n * kTile + at, p[n][0], p[n][1]);
+          store_two(grad_scores + row + n * kTile + at, grads[n][0], grads[n][1]);
+          if constexpr (K::kPer == 2) put(pairs + row / 2 + at + n * kLane, paired(grads[0][n], grads[1][n]));
+        }
       }
     }
   }
@@ -566,7 +600,7 @@ class Backward {
   void write_queries(const Sequence& sequence, int head, int first, int tile, int split, BwdSpace<K>& space) const {
     const int64_t width = paired_words(p_.head_dim);
     Workspace<uint32_t>& rows = space.natural;
-    transpose_rows(reinterpret_cast<const uint32_t*>(space.grad_queries.row(tile)), kTile, width, kTile, rows.row(0));
+    transpose_rows({reinterpret_cast<const uint32_t*>(space.grad_queries.row(tile)), kTile}, width, kTile, rows.row(0));
     for (int row = 0; row < smaller(sequence.queries - first, kTile); ++row) {
       const float* const from = reinterpret_cast<const float*>(rows.row(0)) + row * width;
       if (p_.splits == 1) {

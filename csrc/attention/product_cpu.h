@@ -111,27 +111,32 @@ __attribute__((noinline)) void multiply(const Accumulators& c, const First& a, c
   FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
     FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] = Vec<float>{};
   }
+  float* to = c.at;
+  const int64_t c_row = c.row, a_row = a.row, b_row = b.row;
+  const bool fresh = c.fresh;
   const uint32_t *left = a.at, *right = b.at;
-  for (int64_t step = 0; step < steps; ++step, ++left, right += b.row) {
+  for (int64_t step = 0; step < steps; ++step, ++left, right += b_row) {
     Words row[kColumns];
     FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) row[n] = get<Words>(right + n * kLane);
     FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Words word = broadcast<uint32_t>(left[r * a.row]);
+      const Words word = broadcast<uint32_t>(left[r * a_row]);
       FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] = K::multiply_add(word, row[n], sums[r][n]);
     }
   }
-  FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) {
-      float* const to = c.at + r * c.row + n * kLane;
-      store(to, c.fresh ? sums[r][n] : load(to) + sums[r][n]);
+  if (!fresh) {
+    FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
+      FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] += load(to + r * c_row + n * kLane);
     }
+  }
+  FASTLM_UNROLL for (int r = 0; r < kRows; ++r, to += c_row) {
+    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) store(to + n * kLane, sums[r][n]);
   }
 }
 
 using Multiply = void (*)(const Accumulators&, const First&, const Second&, int64_t);
 
 template <typename K, int kRows>
-Multiply multiply_of(int vectors) {
+Multiply multiply_of(int64_t vectors) {
   if constexpr (kVectors == 4) {
     if (vectors == 4) return multiply<K, kRows, 4>;
     if (vectors == 3) return multiply<K, kRows, 3>;
@@ -200,41 +205,38 @@ struct TileConfig {
 
 constexpr int64_t kChain = 64;  // steps
 
-// A strip of c; `columns` is a multiple of kLane.
+// All of c; `columns` is a multiple of kLane.
 template <typename K>
-void multiply_strip(int rows, int64_t columns, Accumulators c, const First& a, Second b, int64_t steps) {
+void multiply_all(int64_t rows, int64_t columns, Accumulators c, First a, Second b, int64_t steps) {
 #if defined(__AMX_BF16__)
   if constexpr (K::kRows == 16) {
-    for (; columns > 0; columns -= 32, c.at += 32, b.at += 32) {
-      (rows == 32 ? (columns > 16 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                  : (columns > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>))(c, a, b, steps);
+    for (int strip; rows > 0; rows -= strip, c.at += strip * c.row, a.at += strip * a.row) {
+      strip = strip_of<K>(rows);
+      for (int64_t at = 0; at < columns; at += 32) {
+        (strip == 32 ? (columns - at > 16 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                     : (columns - at > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>))(
+            {c.at + at, c.row, c.fresh}, a, {b.at + at, b.row}, steps);
+      }
     }
     return;
   } else
 #endif
   {
     if (steps > kChain) {  // sums of sums: with so many terms one after the other rounding would add up
-      multiply_strip<K>(rows, columns, c, a, b, kChain);
+      multiply_all<K>(rows, columns, c, a, b, kChain);
       c.fresh = false;
-      return multiply_strip<K>(rows, columns, c, {a.at + kChain, a.row}, {b.at + kChain * b.row, b.row},
-                               steps - kChain);
+      return multiply_all<K>(rows, columns, c, {a.at + kChain, a.row}, {b.at + kChain * b.row, b.row}, steps - kChain);
     }
-    for (int vectors; columns > 0; columns -= vectors * kLane, c.at += vectors * kLane, b.at += vectors * kLane) {
-      vectors = columns >= kVectors * kLane ? kVectors : static_cast<int>(columns / kLane);
-      (rows == 6   ? multiply_of<K, 6>(vectors)
-       : rows == 4 ? multiply_of<K, 4>(vectors)
-       : rows == 2 ? multiply_of<K, 2>(vectors)
-                   : multiply_of<K, 1>(vectors))(c, a, b, steps);
+    for (int strip; rows > 0; rows -= strip, c.at += strip * c.row, a.at += strip * a.row) {
+      strip = strip_of<K>(rows);
+      for (int64_t at = 0, vectors; at < columns; at += vectors * kLane) {
+        vectors = columns - at >= kVectors * kLane ? kVectors : (columns - at) / kLane;
+        (strip == 6   ? multiply_of<K, 6>(vectors)
+         : strip == 4 ? multiply_of<K, 4>(vectors)
+         : strip == 2 ? multiply_of<K, 2>(vectors)
+                      : multiply_of<K, 1>(vectors))({c.at + at, c.row, c.fresh}, a, {b.at + at, b.row}, steps);
+      }
     }
-  }
-}
-
-// All of c.
-template <typename K>
-void multiply_all(int64_t rows, int64_t columns, Accumulators c, First a, const Second& b, int64_t steps) {
-  for (int strip; rows > 0; rows -= strip, c.at += strip * c.row, a.at += strip * a.row) {
-    strip = strip_of<K>(rows);
-    multiply_strip<K>(strip, columns, c, a, b, steps);
   }
 }
 
@@ -281,26 +283,31 @@ struct RowsOf {
 template <typename K, typename T>
 void pack_natural(const RowsOf<T>& from, int64_t count, int64_t all, uint32_t* to) {
   using Element = typename K::Element;
-  const int64_t words = natural_words<K>(from.cols), elements = words * K::kPer;
+  const int64_t words = natural_words<K>(from.cols);
   for (int64_t r = 0; r < count; ++r, to += words) {
-    Element* const row = reinterpret_cast<Element*>(to);
     const T* const source = from.at + r * from.row;
     if constexpr (sizeof(T) == sizeof(Element)) {
-      memcpy(row, source, from.cols * sizeof(T));
-      memset(row + from.cols, 0, (elements - from.cols) * sizeof(T));
+      constexpr int kPer = kLane * K::kPer;
+      int64_t c = 0;
+      for (; c + kPer <= from.cols; c += kPer) put(to + c / K::kPer, get<Words>(source + c));
+      if (c == from.cols) continue;
+      Words last = {};
+      memcpy(&last, source + c, (from.cols - c) * sizeof(T));
+      put(to + c / K::kPer, last);
     } else {
-      for (int64_t c = 0; c < elements; c += kLane)
+      Element* const row = reinterpret_cast<Element*>(to);
+      for (int64_t c = 0; c < words * K::kPer; c += kLane)
         store(row + c, load(source + c, from.cols - c > 0 ? from.cols - c : 0));
     }
   }
   memset(to, 0, (all - count) * words * sizeof(uint32_t));
 }
 
-// (rows, words) transposed, both multiples of kLane; `row` words from one row to the next.
-inline void transpose_rows(const uint32_t* from, int64_t row, int64_t rows, int64_t words, uint32_t* to) {
+// (rows, words) transposed, both multiples of kLane.
+inline void transpose_rows(const First& from, int64_t rows, int64_t words, uint32_t* to) {
   for (int64_t word = 0; word < words; word += kLane) {
     for (int64_t first = 0; first < rows; first += kLane) {
-      transpose(from + first * row + word, row, to + word * rows + first, rows);
+      transpose(from.at + first * from.row + word, from.row, to + word * rows + first, rows);
     }
   }
 }
@@ -308,28 +315,35 @@ inline void transpose_rows(const uint32_t* from, int64_t row, int64_t rows, int6
 // Natural words of `count` rows, up to `all`: where they lie if they can be taken from there, else in `space`.
 template <typename K, typename T>
 First natural_rows(const RowsOf<T>& from, int64_t count, int64_t all, uint32_t* space) {
-  if (sizeof(T) == sizeof(uint32_t) && count == all && from.cols % kLane == 0) {
-    return {reinterpret_cast<const uint32_t*>(from.at), from.row};
-  }
+  const bool words = sizeof(T) == sizeof(typename K::Element) && reinterpret_cast<uintptr_t>(from.at) % 4 == 0 &&
+                     from.row % K::kPer == 0 && from.cols % (kLane * K::kPer) == 0;
+  if (words && count == all) return {reinterpret_cast<const uint32_t*>(from.at), from.row / K::kPer};
   pack_natural<K>(from, count, all, space);
   return {space, natural_words<K>(from.cols)};
 }
 
-// An even number of rows of natural words of pairs as paired ones.
-inline void pair_rows(const uint32_t* natural, int64_t rows, int64_t cols, uint32_t* to) {
-  const int64_t words = round_up((cols + 1) / 2, kLane), paired = paired_words(cols);
-  for (int64_t r = 0; r < rows; r += 2, to += paired) {
-    const uint16_t* const low = reinterpret_cast<const uint16_t*>(natural + r * words);
-    const uint16_t* const high = low + words * 2;
-    for (int64_t c = 0; c < paired; c += kLane) {
-      put(to + c, widen(get<HalfWords>(low + c)) | widen(get<HalfWords>(high + c)) << 16);
+// An even number of rows of natural words of pairs, of `cols` elements, as paired ones.
+inline void pair_rows(const First& natural, int64_t rows, int64_t cols, uint32_t* to) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint16_t* const low = reinterpret_cast<const uint16_t*>(natural.at + r * natural.row);
+    const uint16_t* const high = low + natural.row * 2;
+    for (int64_t c = 0; c < paired_words(cols); c += kLane, to += kLane) {
+      put(to, widen(get<HalfWords>(low + c)) | widen(get<HalfWords>(high + c)) << 16);
     }
   }
 }
 
 // Vectors of two rows as one of pairs.
 inline Words paired(Vec<float> low, Vec<float> high) {
+#if defined(__AVX512BF16__)
+  alignas(64) constexpr uint16_t kOrder[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  return reinterpret_cast<Words>(_mm512_permutexvar_epi16(get<__m512i>(kOrder), both));
+#else
   return widen(Pack<BFloat16>::bits(low)) | widen(Pack<BFloat16>::bits(high)) << 16;
+#endif
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -176,6 +177,19 @@ using Packed = decltype(Pack<T>::bits(Vec<typename Arithmetic<T>::type>{}));
 template <typename T>
 inline void store(T* p, Vec<typename Arithmetic<T>::type> x) {
   put(p, Pack<T>::bits(x));
+}
+
+// Two vectors, one after the other.
+template <typename T>
+inline void store_two(T* p, Vec<typename Arithmetic<T>::type> low, Vec<typename Arithmetic<T>::type> high) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    const __m512 a = reinterpret_cast<__m512>(low), b = reinterpret_cast<__m512>(high);
+    return put(p, reinterpret_cast<Words>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+#endif
+  store(p, low);
+  store(p + kLanes<typename Arithmetic<T>::type>, high);
 }
 
 // A store past the caches, for what is larger than they are: it saves reading the lines that it fills. p is aligned to

@@ -26,7 +26,7 @@ def splits_bwd(keys: int, heads: int) -> int:
 
 def splits_bwd_cpu(keys: int, heads: int) -> int:
     """The same for the CPU, whatever the number of threads: each part lays out the queries once more."""
-    return max(1, min(keys // 512, -(-16 // heads)))
+    return max(1, min(keys // 512, -(-8 // heads)))
 
 
 def kernels(launchers: Launchers) -> Kernels:
