@@ -9,8 +9,8 @@
 //   transposed  a word for each of kTile rows, a row for each step: the second factor of what sums along its columns
 //
 // The kernel holds up to kStrip rows and kVectors vectors of c in registers, or, where the processor has tiles (AMX),
-// 32 rows and columns. Each element is summed in the order of its steps, in one register, so that it does not depend on
-// what else is computed.
+// 32 rows and columns. Each element is summed in the order of its steps, in one register or a sum of such sums, so that
+// it does not depend on what else is computed.
 #pragma once
 
 #include <utility>
@@ -89,6 +89,12 @@ int64_t natural_words(int64_t cols) {
 }
 inline int64_t paired_words(int64_t cols) { return round_up(cols, kLane); }
 
+// Columns that are computed where there are `cols`.
+template <typename K>
+int wide(int cols) {
+  return static_cast<int>(round_up(cols, K::kRows > 1 ? 2 * kLane : kLane));
+}
+
 // Products ----------------------------------------------------------------------------------------------------------
 
 struct First {
@@ -105,30 +111,51 @@ struct Accumulators {
   bool fresh;  // what is there is not added to
 };
 
+// Vectors of c.
+template <int kRows, int kColumns>
+using Registers = Vec<float>[kRows][kColumns];
+
+template <int kColumns>
+inline __attribute__((always_inline)) void load_row(const float* from, Vec<float> (&to)[kColumns]) {
+  FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) to[n] = load(from + n * kLane);
+}
+template <int kColumns, typename T>
+inline __attribute__((always_inline)) void store_row(const Vec<float> (&from)[kColumns], T* to) {
+  FASTLM_UNROLL for (int n = 0; n + 1 < kColumns; n += 2) store_two(to + n * kLane, from[n], from[n + 1]);
+  if (kColumns % 2 == 1) store(to + (kColumns - 1) * kLane, from[kColumns - 1]);
+}
+
+// c = a b
 template <typename K, int kRows, int kColumns>
-__attribute__((noinline)) void multiply(const Accumulators& c, const First& a, const Second& b, int64_t steps) {
-  Vec<float> sums[kRows][kColumns];
+inline __attribute__((always_inline)) void product(const First& a, const Second& b, int64_t steps,
+                                                   Registers<kRows, kColumns>& c) {
   FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] = Vec<float>{};
+    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) c[r][n] = Vec<float>{};
   }
-  float* to = c.at;
-  const int64_t c_row = c.row, a_row = a.row, b_row = b.row;
-  const bool fresh = c.fresh;
+  const int64_t a_row = a.row, b_row = b.row;
   const uint32_t *left = a.at, *right = b.at;
   for (int64_t step = 0; step < steps; ++step, ++left, right += b_row) {
     Words row[kColumns];
     FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) row[n] = get<Words>(right + n * kLane);
     FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
       const Words word = broadcast<uint32_t>(left[r * a_row]);
-      FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] = K::multiply_add(word, row[n], sums[r][n]);
+      FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) c[r][n] = K::multiply_add(word, row[n], c[r][n]);
     }
   }
-  if (!fresh) {
+}
+
+template <typename K, int kRows, int kColumns>
+__attribute__((noinline)) void multiply(const Accumulators& c, const First& a, const Second& b, int64_t steps) {
+  Registers<kRows, kColumns> sums;
+  product<K>(a, b, steps, sums);
+  float* to = c.at;
+  const int64_t row = c.row;
+  if (!c.fresh) {
     FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
-      FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] += load(to + r * c_row + n * kLane);
+      FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) sums[r][n] += load(to + r * row + n * kLane);
     }
   }
-  FASTLM_UNROLL for (int r = 0; r < kRows; ++r, to += c_row) {
+  FASTLM_UNROLL for (int r = 0; r < kRows; ++r, to += row) {
     FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) store(to + n * kLane, sums[r][n]);
   }
 }
@@ -203,7 +230,14 @@ struct TileConfig {
 };
 #endif
 
-constexpr int64_t kChain = 64;  // steps
+// As many elements are summed one after the other, in steps. With more of them rounding would add up: their sums are
+// summed. Without fused multiply-add there is twice as much of it.
+template <typename K>
+constexpr int64_t kChain = (kVectorBytes > 16 ? 128 : 64) / K::kPer;
+
+// Whether registers hold a strip of c as wide as a tile.
+template <typename K>
+constexpr bool kInRegisters = K::kRows == 1 && kVectors * kLane == kTile;
 
 // All of c; `columns` is a multiple of kLane.
 template <typename K>
@@ -214,18 +248,19 @@ void multiply_all(int64_t rows, int64_t columns, Accumulators c, First a, Second
       strip = strip_of<K>(rows);
       for (int64_t at = 0; at < columns; at += 32) {
         (strip == 32 ? (columns - at > 16 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
-                     : (columns - at > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>))(
-            {c.at + at, c.row, c.fresh}, a, {b.at + at, b.row}, steps);
+                     : (columns - at > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>))({c.at + at, c.row, c.fresh},
+                                                                                          a, {b.at + at, b.row}, steps);
       }
     }
     return;
   } else
 #endif
   {
-    if (steps > kChain) {  // sums of sums: with so many terms one after the other rounding would add up
-      multiply_all<K>(rows, columns, c, a, b, kChain);
+    constexpr int64_t kSteps = kChain<K>;
+    if (steps > kSteps) {
+      multiply_all<K>(rows, columns, c, a, b, kSteps);
       c.fresh = false;
-      return multiply_all<K>(rows, columns, c, {a.at + kChain, a.row}, {b.at + kChain * b.row, b.row}, steps - kChain);
+      return multiply_all<K>(rows, columns, c, {a.at + kSteps, a.row}, {b.at + kSteps * b.row, b.row}, steps - kSteps);
     }
     for (int strip; rows > 0; rows -= strip, c.at += strip * c.row, a.at += strip * a.row) {
       strip = strip_of<K>(rows);
@@ -333,13 +368,31 @@ inline void pair_rows(const First& natural, int64_t rows, int64_t cols, uint32_t
   }
 }
 
+// Lays a tile of rows out as paired words and, where that is asked for, as transposed ones.
+template <typename K, typename T>
+void lay_out_rows(const RowsOf<T>& from, int64_t count, uint32_t* space, uint32_t* pairs, uint32_t* transposed) {
+  First natural = {pairs, natural_words<K>(from.cols)};
+  if constexpr (K::kPer == 1) {
+    pack_natural<K>(from, count, kTile, pairs);
+  } else {
+    natural = natural_rows<K>(from, count, kTile, space);
+    pair_rows(natural, kTile, from.cols, pairs);
+  }
+  if (transposed) transpose_rows(natural, kTile, natural_words<K>(from.cols), transposed);
+}
+
+template <typename T>
+void write_row(const float* from, float factor, int64_t cols, T* to) {
+  for (int64_t c = 0; c < cols; c += kLane) store(to + c, load(from + c) * factor, cols - c);
+}
+
 // Vectors of two rows as one of pairs.
 inline Words paired(Vec<float> low, Vec<float> high) {
 #if defined(__AVX512BF16__)
   alignas(64) constexpr uint16_t kOrder[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  const __m512i both =
+      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
   return reinterpret_cast<Words>(_mm512_permutexvar_epi16(get<__m512i>(kOrder), both));
 #else
   return widen(Pack<BFloat16>::bits(low)) | widen(Pack<BFloat16>::bits(high)) << 16;

@@ -1,11 +1,34 @@
-// From products of query and key to scores on the CPU: scale, soft cap, ALiBi, masks and who sees whom.
+// From products of query and key to scores on the CPU: scale, soft cap, ALiBi, masks and who sees whom. And what
+// forward and backward share beside them.
 #pragma once
 
 #include "attention/product_cpu.h"
 #include "attention/sequence.h"
+#include "common/cpu_rows.h"
 
 namespace fastlm {
 namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// e^(s * unit + less) of words K, `unit` and `less` times kUnits. Of fp32 in units of e, in which large scores keep
+// their digits, and exactly 1 where less is what -s * unit is rounded to; of bf16 in units of 2, with fewer operations.
+template <typename K>
+constexpr float kUnits = K::kPer == 1 ? 1.0f : kLog2e;
+
+template <typename K>
+inline Vec<float> exponential(Vec<float> s, Vec<float> unit, Vec<float> less) {
+  return K::kPer == 1 ? exp2((s * unit + less) * kLog2e) : exp2<4>(multiply_add(s, unit, less));
+}
+
+// Places of a row, or rows of a tile.
+struct Span {
+  int start, stop;
+
+  bool some() const { return start < stop; }
+  int count() const { return stop - start; }
+  bool covers(int first, int last) const { return start <= first && last <= stop; }
+};
 
 // Pairs of a query and a key in a row: of one query with keys that follow each other, or the other way round.
 struct PairsInRow {
@@ -32,18 +55,21 @@ class Scores {
   bool general() const { return general_; }
   bool capped() const { return cap_ != 0.0f; }
 
+  // What is seen of a row that goes on, from where it begins.
+  static Span seen_in(const Sequence& sequence, const PairsInRow& pairs) {
+    if (pairs.along_keys) {
+      return {sequence.first_seen(pairs.query) - pairs.key, sequence.last_seen(pairs.query) + 1 - pairs.key};
+    }
+    return {sequence.first_to_see(pairs.key) - pairs.query, sequence.last_to_see(pairs.key) + 1 - pairs.query};
+  }
+
   // Finishes `cols` scores, a multiple of kLane; those not to be seen become -inf. If `slopes` is given it gets by what
   // the soft cap multiplies gradients.
   void finish(const Sequence& sequence, const PairsInRow& pairs, int cols, float* s, float* slopes) const {
     if (general_) finish_general(sequence, pairs, cols, s, slopes);
-    int start, stop;  // of what is seen
-    if (pairs.along_keys) {
-      start = sequence.first_seen(pairs.query) - pairs.key, stop = sequence.last_seen(pairs.query) + 1 - pairs.key;
-    } else {
-      start = sequence.first_to_see(pairs.key) - pairs.query, stop = sequence.last_to_see(pairs.key) + 1 - pairs.query;
-    }
-    for (int at = 0; at < smaller(start, cols); ++at) s[at] = -INFINITY;
-    for (int at = larger(stop, 0); at < cols; ++at) s[at] = -INFINITY;
+    const Span seen = seen_in(sequence, pairs);
+    for (int at = 0; at < smaller(seen.start, cols); ++at) s[at] = -INFINITY;
+    for (int at = larger(seen.stop, 0); at < cols; ++at) s[at] = -INFINITY;
   }
 
  private:
@@ -97,5 +123,57 @@ class Scores {
   }
 };
 
+// -inf instead of those scores in registers that are not seen: a span of each row.
+template <int kRows, int kColumns>
+inline __attribute__((always_inline)) void hide(const Span* seen, Registers<kRows, kColumns>& s) {
+  typedef Vec<int32_t> Lanes;
+  Lanes lane;
+  for (int i = 0; i < kLane; ++i) lane[i] = i;
+  FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
+    const Lanes start = broadcast<int32_t>(seen[r].start), stop = broadcast<int32_t>(seen[r].stop);
+    FASTLM_UNROLL for (int n = 0; n < kColumns; ++n) {
+      const Lanes at = lane + n * kLane;
+      s[r][n] = (at >= start) & (at < stop) ? s[r][n] : broadcast<float>(-INFINITY);
+    }
+  }
+}
+
+// Rows of a head.
+template <typename T>
+RowsOf<T> query_rows(const Sequence& sequence, const void* tensor, const Four& strides, int head, int64_t cols) {
+  return {sequence.query_rows(static_cast<const T*>(tensor), strides, head), strides.at[2], cols};
+}
+template <typename T>
+RowsOf<T> key_rows(const Sequence& sequence, const void* tensor, const Four& strides, int head, int64_t cols) {
+  return {sequence.key_rows(static_cast<const T*>(tensor), strides, head), strides.at[2], cols};
+}
+template <typename T>
+RowsOf<T> from_row(const RowsOf<T>& rows, int64_t first) {
+  return {rows.at + first * rows.row, rows.row, rows.cols};
+}
+
+// tasks(space) of each of so many threads, a Space{arguments...} for each; returns what is wrong, or null.
+template <typename Space, typename Tasks, typename... Arguments>
+const char* in_parallel(int threads, const Tasks& tasks, const Arguments&... arguments) {
+  bool failed = false;
+#pragma omp parallel num_threads(threads)
+  {
+    Space space(arguments...);
+    const TileConfig config;
+    if (space.failed()) {
+#pragma omp atomic write
+      failed = true;
+    }
+#pragma omp barrier
+    if (!failed) tasks(space);
+  }
+  return failed ? "out of memory for the keys and queries to be laid out in" : nullptr;
+}
+
 }  // namespace
 }  // namespace fastlm
+
+#define FASTLM_DISPATCH(function, p)                             \
+  if (p.dtype == DType::kFloat32) return function<float>(p);     \
+  if (p.dtype == DType::kBFloat16) return function<BFloat16>(p); \
+  return p.dtype == DType::kFloat16 ? function<Half>(p) : "attention is of fp32, bf16 and fp16";

@@ -44,10 +44,11 @@ struct Sums {
   A total() const { return sum<A>((chains[0] + chains[1]) + (chains[2] + chains[3])); }
 };
 
-inline int threads_for(int64_t rows, int64_t cols) {
-  if (rows * cols < kSmall) return 1;
+// As many threads as there are, and tasks, unless the work is less than waking them.
+inline int threads_for(int64_t tasks, int64_t elements) {
+  if (elements < kSmall) return 1;
   const int64_t most = omp_get_max_threads();
-  return static_cast<int>(rows < most ? rows : most);
+  return static_cast<int>(tasks < most ? tasks : most);
 }
 
 // Rows of A to work in, each at a multiple of 64 bytes, from the heap: none of the standard library's templates, see

@@ -127,7 +127,7 @@ template <typename T, typename R>
 const char* fwd(const LayerNormFwdParams& p) {
   using A = typename Arithmetic<T>::type;
   const int64_t rows = p.rows.count();
-  const int threads = threads_for(rows, p.cols);
+  const int threads = threads_for(rows, rows * p.cols);
   Workspace<A> space(2 + 4 * threads, p.cols);
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
@@ -252,7 +252,7 @@ template <typename T, typename R>
 const char* bwd(const LayerNormBwdParams& p) {
   using A = typename Arithmetic<T>::type;
   const int64_t rows = p.rows.count(), runs = p.partial_rows;
-  const int threads = threads_for(rows, p.cols);
+  const int threads = threads_for(rows, rows * p.cols);
   Workspace<A> space(1 + 7 * threads, p.cols);
   if (space.failed()) return "out of memory";
   const A* weight = parameter<A>(p.weight, p.parameter_dtype, 1, p.cols, space.row(0));
