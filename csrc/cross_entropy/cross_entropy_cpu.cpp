@@ -185,7 +185,7 @@ const char* fwd(const CrossEntropyFwdParams& p) {
   const int64_t rows = p.rows.count();
   A* all_stats = static_cast<A*>(p.stats);
   bool valid = true;
-#pragma omp parallel for num_threads(threads_for(rows, rows * p.cols)) schedule(static) reduction(&& : valid)
+#pragma omp parallel for num_threads(threads_for(rows, rows* p.cols)) schedule(static) reduction(&& : valid)
   for (int64_t row = 0; row < rows; ++row) {
     const RowTarget<A, CrossEntropyFwdParams> target(p, row);
     valid = valid && target.valid;
@@ -245,7 +245,7 @@ const char* bwd(const CrossEntropyBwdParams& p) {
   const int64_t bytes = in_place ? 0 : rows * p.cols * int64_t{sizeof(T)};
   prefer_huge_pages(p.grad, bytes);
   bool valid = true;
-#pragma omp parallel num_threads(threads_for(rows, rows * p.cols)) reduction(&& : valid)
+#pragma omp parallel num_threads(threads_for(rows, rows* p.cols)) reduction(&& : valid)
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
