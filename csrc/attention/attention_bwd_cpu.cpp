@@ -232,12 +232,15 @@ class Backward {
     // exactly 0, and not what two orders of adding leave.
     const auto rows = query_rows<T>(sequence, p_.output, p_.output_strides, head, p_.value_dim);
     const First output = natural_rows<K>(from_row(rows, first), count, kTile, natural);
-    constexpr int kRows = K::kRows > 1 ? K::kRows : 4;
-    alignas(64) float products[kRows * kLane];
-    for (int row = 0; row < kTile; row += kRows) {
-      multiply_all<K>(kRows, kLane, {products, kLane, true}, {output.at + row * output.row, output.row},
-                      {space.grads.row(tile) + row / kLane * kLane, kTile}, steps_of<K>(p_.value_dim));
-      for (int n = 0; n < kRows; ++n) space.delta.row(tile)[row + n] = products[n * kLane + (row + n) % kLane];
+    if constexpr (K::kRows == 1) {
+      transpose_rows(output, kTile, natural_words<K>(p_.value_dim), space.value.row(0));
+      multiply_rows<K>(space.value.row(0), space.grads.row(tile), steps_of<K>(p_.value_dim), space.delta.row(tile));
+    }
+    for (int row = 0; K::kRows > 1 && row < kTile; row += K::kRows) {  // all products of sixteen rows
+      alignas(64) float products[K::kRows * kLane];
+      multiply_all<K>(K::kRows, kLane, {products, kLane, true}, {output.at + row * output.row, output.row},
+                      {space.grads.row(tile) + row, kTile}, steps_of<K>(p_.value_dim));
+      for (int n = 0; n < K::kRows; ++n) space.delta.row(tile)[row + n] = products[n * kLane + n];
     }
     const float* const lse = p_.lse + sequence.row(p_, head) + first;
     for (int row = 0; row < kTile; ++row) {  // of a query that sees nothing all is 0

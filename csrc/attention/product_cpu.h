@@ -275,6 +275,23 @@ void multiply_all(int64_t rows, int64_t columns, Accumulators c, First a, Second
   }
 }
 
+// Of two tiles of transposed words the products of each row with its own, in the order of sums of multiply_all: what it
+// gives for two rows is the same to the last bit.
+template <typename K>
+void multiply_rows(const uint32_t* a, const uint32_t* b, int64_t steps, float* c) {
+  for (int at = 0; at < kTile; at += kLane) {
+    Vec<float> total = {};
+    for (int64_t step = 0; step < steps;) {
+      Vec<float> sum = {};
+      for (const int64_t stop = step + kChain<K> < steps ? step + kChain<K> : steps; step < stop; ++step) {
+        sum = K::multiply_add(get<Words>(a + step * kTile + at), get<Words>(b + step * kTile + at), sum);
+      }
+      total += sum;
+    }
+    store(c + at, total);
+  }
+}
+
 // Layouts -----------------------------------------------------------------------------------------------------------
 
 // A step of a transposition, and the ones after it: rows whose numbers differ in one bit exchange every lane in whose
