@@ -272,8 +272,12 @@ class Backward {
   void run_meets(const Sequence& sequence, int head, int first, int tile, int run, int first_key, const Keys& keys,
                  BwdSpace<K>& space) const {
     Span spans[kTile];  // of queries of the run, for each strip of keys
+    const Tiles all_see = sequence.that_all_see(first_key, first_key + kTile - 1, kTile);
+    const bool whole = all_see.have(first / kTile) && all_see.have(first / kTile + run - 1);
     for (int key = 0, strip; key < kTile; key += strip) {
       strip = strip_of<K>(kTile - key);
+      spans[key] = {0, run * kTile};
+      if (whole) continue;
       const int low_key = first_key + key, high_key = smaller(low_key + strip, sequence.keys) - 1;
       const int from = sequence.first_to_see(low_key) - first, to = sequence.last_to_see(high_key) + 1 - first;
       spans[key].start = larger(from, 0) / wide<K>(1) * wide<K>(1);
@@ -284,7 +288,7 @@ class Backward {
       for (int key = 0, strip; key < kTile; key += strip) {
         strip = strip_of<K>(kTile - key);
         const Span here = {larger(spans[key].start - n * kTile, 0), smaller(spans[key].stop - n * kTile, kTile)};
-        strip_meets(sequence, head, first, tile, n, first_key, key, here, keys, space);
+        strip_meets(sequence, head, first, tile, n, first_key, key, here, whole, keys, space);
       }
     }
     // One product for all strips after the other: what is common to them stays in the nearest cache.
@@ -322,7 +326,7 @@ class Backward {
   // A strip of keys with tile n of a run of queries, of which it sees the span: to probabilities and gradients of
   // scores; zeros where there are none.
   void strip_meets(const Sequence& sequence, int head, int first, int tile, int n, int first_key, int key,
-                   const Span& span, const Keys& keys, BwdSpace<K>& space) const {
+                   const Span& span, bool all, const Keys& keys, BwdSpace<K>& space) const {
     using Element = typename K::Element;
     const int strip = strip_of<K>(kTile - key), low_key = first_key + key;
     const int at = n * kTile + span.start, query = first + at;  // where the span begins
@@ -332,8 +336,10 @@ class Backward {
     }
     if (!span.some()) return;
 
-    const Tiles whole = sequence.that_all_see(low_key, low_key + strip - 1, 1);
-    const bool all = whole.have(query) && whole.have(smaller(query + span.count(), sequence.queries) - 1);
+    if (!all) {
+      const Tiles whole = sequence.that_all_see(low_key, low_key + strip - 1, 1);
+      all = whole.have(query) && whole.have(smaller(query + span.count(), sequence.queries) - 1);
+    }
     const First key_rows = {keys.key.at + key * keys.key.row, keys.key.row};
     const First value_rows = {keys.value.at + key * keys.value.row, keys.value.row};
     const Second queries = {space.queries.row(tile + n) + span.start, kTile};

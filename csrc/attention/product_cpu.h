@@ -400,7 +400,10 @@ void lay_out_rows(const RowsOf<T>& from, int64_t count, uint32_t* space, uint32_
 
 template <typename T>
 void write_row(const float* from, float factor, int64_t cols, T* to) {
-  for (int64_t c = 0; c < cols; c += kLane) store(to + c, load(from + c) * factor, cols - c);
+  int64_t c = 0;
+  for (; c + 2 * kLane <= cols; c += 2 * kLane)
+    store_two(to + c, load(from + c) * factor, load(from + c + kLane) * factor);
+  for (; c < cols; c += kLane) store(to + c, load(from + c) * factor, cols - c);
 }
 
 // Vectors of two rows as one of pairs.
