@@ -1,4 +1,5 @@
-"""Runs the tests of CUDA kernels in every build of the emulator, under several schedules; Triton's as PTX.
+"""Runs the tests of CUDA kernels in every build of the emulator, under several schedules; Triton's as PTX; the CPU
+kernels' under sanitizers.
 
     python tests/proof/run.py [--only PATTERN] [arguments of pytest]
 
@@ -8,6 +9,7 @@ Each line of RUNS is a process of its own: what FASTLM_EMULATOR is, and which te
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -17,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ["tests/test_ops.py", "tests/test_layer_norm.py"]
-CUDA = [f"tests/test_{op}_cuda.py" for op in ("layer_norm", "cross_entropy", "attention")]
+CUDA, CPU = (
+    [f"tests/test_{op}_{name}.py" for op in ("layer_norm", "cross_entropy", "attention")] for name in ("cuda", "cpu")
+)
 # fp16's kernels are bf16's with another conversion; widths are for the first two runs. Of attention over many tiles the
 # second has what one block goes on with where another, or an earlier tile, has left off.
 ALL = "emulator or cuda"
@@ -41,17 +45,19 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression for runs")
     args, rest = parser.parse_known_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    from proof import emulator
+    from proof import cpu, emulator
 
-    runs = [(name, *what, emulator.environment(name)) for name, what in RUNS.items()]
-    runs.append((TRITON, OPS[:1], TRITON, os.environ | {"TRITON_INTERPRET": "0"}))
+    runs = [(name, *what, functools.partial(emulator.environment, name)) for name, what in RUNS.items()]
+    runs.append((TRITON, OPS[:1], TRITON, lambda: os.environ | {"TRITON_INTERPRET": "0"}))
+    runs.append(("cpu, address", CPU, "cpu", cpu.environment))
+    pytest = Path(sys.executable).with_name("pytest")  # with python -m the sources here would come before the build
     failed = []
     for settings, paths, tests, environment in runs:
         if not re.search(args.only, settings):
             continue
         start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-k", tests, *paths, *rest]
-        done = subprocess.run(command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"})
+        command = [pytest, "-n", "2", "-q", "-k", tests, *paths, *rest]
+        done = subprocess.run(command, cwd=ROOT, env=environment() | {"OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - start
         print(f"== {settings}: {'failed' if done.returncode else 'passed'} in {seconds:.0f} s", flush=True)
         failed += [settings] * (done.returncode != 0)
