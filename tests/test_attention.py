@@ -281,7 +281,6 @@ FIRST = {  # on a device that is no CPU, on a CPU
     "lse": ({"return_lse": True}, "triton", "cpu"),
     "window": ({"window_left": 3}, "triton", "cpu"),
     "ALiBi": ({"alibi_slopes": torch.ones(4)}, "triton", "cpu"),
-    "cache": ({"key_lengths": torch.ones(2)}, "triton", ""),
     "mask": ({"attn_mask": torch.ones(8, 8), "is_causal": False}, "", ""),
     "mask and causal": ({"attn_mask": torch.ones(8, 8)}, "triton", "cpu"),
     "mask with a gradient": ({"attn_mask": torch.ones(8, 8, requires_grad=True), "softcap": 2.0}, "", ""),
@@ -295,6 +294,15 @@ def test_kernels_come_first_for_what_torch_lacks_or_makes_a_mask_for(name):
     assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == cpu
     with torch.no_grad():
         assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == cpu
+
+
+def test_with_a_cache_its_size_decides_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(attention, "fastest", lambda op, tensor: f"{op}: {tensor.numel()}")
+    cache = {"key": torch.empty(2, 4, 32, 16), "key_lengths": torch.ones(2)}
+    name = "scaled_dot_product_attention"
+    assert attention._first(name, inputs_on("meta", **cache | {"key": inputs_on("meta").key})) == "triton"
+    assert attention._first(name, inputs_on("cpu", **cache)) == f"{name} with key_lengths: 4096"
+    assert attention._first(name, inputs_on("cpu")) == f"{name}: 1024"
 
 
 def test_kernels_are_for_compute_capability_8_and_newer(monkeypatch):

@@ -142,6 +142,19 @@ def test_rows_may_lie_anywhere(backend):
     assert_same_bits([x[1:] for x in answers(backend, DENSE, wide)[:2]], answers(backend, DENSE, (q, k, v))[:2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", VARIANTS)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 3), (2, 1), (2, 2), (3, 1), (5, 1)])
+@pytest.mark.parametrize("options", [{}, {"window": (100, -1), "softcap": 2.0, "dropout_p": 0.3}])
+def test_few_rows_with_keys_and_values_as_they_lie(options, rows, backend, dtype):
+    group, queries = rows
+    q, k, v = qkv(3, 2 * group, 2, queries, 330, 72, 100, dtype)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    slopes = torch.linspace(0.1, 1, 2 * group) if options else None
+    given = {"key_lengths": lengths_of(330, 65, 0), "is_causal": True, "enable_gqa": True, "alibi_slopes": slopes}
+    assert_right(backend, DENSE, (q, k, v), **given, **options)
+
+
 CALLS = {
     "one head": (qkv(1, 1, 1, 300, 1100, 64), {"is_causal": True, "dropout_p": 0.2}),
     "groups": (qkv(2, 6, 2, 200, 600, 32), {"enable_gqa": True, "window": (90, 40)}),

@@ -14,6 +14,7 @@ namespace fastlm {
 namespace {
 
 constexpr int kBlock = 48;      // rows of scores that meet one tile of keys after the other
+constexpr int kFew = 4;         // rows for which keys and values are not laid out, but taken as they lie
 constexpr float kSlack = 6.0f;  // by how much a score may be above the base of its row
 
 template <typename K>
@@ -93,6 +94,57 @@ __attribute__((noinline)) void exponentiate_products(const Strip& strip) {
   exponentiate<K>(s, strip.unit, nullptr, strip.rows, strip.probabilities, strip.factors);
 }
 
+// Products of a few rows of queries, laid out as floats up to a multiple of kLane, with `count` keys: to rows of kTile.
+template <int kRows, typename T>
+void multiply_keys(const RowsOf<T>& keys, int count, const float* queries, float* s) {
+  const int64_t width = paired_words(keys.cols);
+  for (int first = 0; first < count; first += kLane) {
+    alignas(64) uint32_t sums[kRows][kLane * kLane] = {};  // of a key the sums of every kLane-th product
+    for (int n = 0; n < smaller(count - first, kLane); ++n) {
+      const T* const key = keys.at + (first + n) * keys.row;
+      Registers<kRows, 1> sum = {};
+      const auto add = [&](int64_t c, Vec<float> x) {
+        FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
+          sum[r][0] = fastlm::multiply_add(x, load(queries + r * width + c), sum[r][0]);
+        }
+      };
+      int64_t c = 0;
+      for (; c + kLane <= keys.cols; c += kLane) add(c, load(key + c));
+      if (c < keys.cols) add(c, load(key + c, keys.cols - c));
+      FASTLM_UNROLL for (int r = 0; r < kRows; ++r) put(sums[r] + n * kLane, sum[r][0]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      transpose(sums[r], kLane, sums[r], kLane);
+      Vec<float> total = {};
+      for (int n = 0; n < kLane; ++n) total += get<Vec<float>>(sums[r] + n * kLane);
+      store(s + r * kTile + first, total);
+    }
+  }
+}
+
+// output += p values, of kColumns vectors from a column on; of one that may be the last in part.
+template <int kRows, int kColumns, typename T>
+void add_values(const RowsOf<T>& values, int count, const float* p, int64_t column, float* output) {
+  const int64_t width = paired_words(values.cols), left = values.cols - column;
+  Registers<kRows, kColumns> sums = {};
+  for (int n = 0; n < count; ++n) {
+    const T* const value = values.at + n * values.row + column;
+    Vec<float> row[kColumns];
+    FASTLM_UNROLL for (int c = 0; c < kColumns; ++c) row[c] =
+        kColumns == 1 ? load(value, left) : load(value + c * kLane);
+    FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Vec<float> factor = broadcast<float>(p[r * kTile + n]);
+      FASTLM_UNROLL for (int c = 0; c < kColumns; ++c) sums[r][c] = fastlm::multiply_add(row[c], factor, sums[r][c]);
+    }
+  }
+  FASTLM_UNROLL for (int r = 0; r < kRows; ++r) {
+    FASTLM_UNROLL for (int c = 0; c < kColumns; ++c) {
+      float* const to = output + r * width + column + c * kLane;
+      store(to, load(to) + sums[r][c]);
+    }
+  }
+}
+
 template <typename T>
 class Forward {
   using K = typename WordsOf<T>::type;
@@ -120,10 +172,10 @@ class Forward {
     const Tiles all = sequence.seen_by(0, sequence.queries - 1, kTile);
     const int part = (all.stop - all.start + p_.splits - 1) / p_.splits;
     const Tiles own = {smaller(all.start + split * part, all.stop), smaller(all.start + (split + 1) * part, all.stop)};
-    lay_out(sequence, kv_head, own, space);
+    if (rows > kFew) lay_out(sequence, kv_head, own, space);
     for (int n = chunk; n < blocks * heads; n += chunks_) {
       const int first = n % blocks * kBlock;
-      block(sequence, first_head + n / blocks, first, smaller(rows - first, kBlock), own, split, space);
+      block(sequence, first_head + n / blocks, first, smaller(rows - first, kBlock), rows > kFew, own, split, space);
     }
   }
 
@@ -178,55 +230,30 @@ class Forward {
     int64_t number;  // among the rows of the log-sum-exp and of dropout
   };
 
-  void block(const Sequence& sequence, int head, int first, int count, const Tiles& own, int split,
+  void block(const Sequence& sequence, int head, int first, int count, bool laid_out, const Tiles& own, int split,
              FwdSpace<K>& space) const {
     Place places[kBlock];
     Row rows[kBlock];
-    float factors[kBlock];
     for (int r = 0; r < count; ++r) {
       const int of = p_.grouped ? head + (first + r) / sequence.queries : head;
       const int query = p_.grouped ? (first + r) % sequence.queries : first + r;
       places[r] = {of, query, sequence.row(p_, of) + query};
       rows[r].base = -INFINITY, rows[r].total = Vec<float>{};
     }
-    First queries = {space.query.row(0), natural_words<K>(p_.head_dim)};
-    for (int r = 0, run; r < count; r += run) {  // of a head
-      run = smaller(count - r, sequence.queries - places[r].query);
-      const auto all = query_rows<T>(sequence, p_.query, p_.query_strides, places[r].head, p_.head_dim);
-      const auto source = from_row(all, places[r].query);
-      if (run < count || count % K::kRows != 0) {
-        pack_natural<K>(source, run, run, space.query.row(r));
-      } else {
-        queries = natural_rows<K>(source, run, run, space.query.row(0));
-      }
-    }
     const int64_t width = paired_words(p_.value_dim);
     memset(space.output.row(0), 0, count * width * sizeof(float));
-
     const int first_query = p_.grouped ? 0 : first, last_query = p_.grouped ? sequence.queries - 1 : first + count - 1;
     const Tiles seen = sequence.seen_by(first_query, last_query, kTile);
     const Tiles whole = sequence.all_seen_by(first_query, last_query, kTile);
-    for (int tile = larger(seen.start, own.start); tile < smaller(seen.stop, own.stop); ++tile) {
-      int cols[kBlock];  // of a strip, of those keys that any of its rows sees
-      for (int r = 0, strip; r < count; r += strip) {
-        strip = strip_of<K>(count - r);
-        const int here = smaller(strip, count - r);
-        const First left = {queries.at + r * queries.row, queries.row};
-        const Second right = {space.keys.row(tile - own.start), kTile};
-        cols[r] = strip_meets(sequence, places + r, here, tile * kTile, whole.have(tile), left, right, rows + r,
-                              space.probabilities.row(r), factors + r);
-        if (cols[r] == 0) continue;
-        for (int n = r; n < r + here; ++n) {
-          if (factors[n] != 1.0f) write_row(space.output.row(n), factors[n], width, space.output.row(n));
-        }
-      }
-      for (int r = 0, strip; r < count; r += strip) {
-        strip = strip_of<K>(count - r);
-        if (cols[r] == 0) continue;
-        multiply_all<K>(strip, width, {space.output.row(r), width, false},
-                        {space.probabilities.row(r), kTile / K::kPer}, {space.values.row(tile - own.start), width},
-                        steps_of<K>(cols[r]));
-      }
+    const Tiles tiles = {larger(seen.start, own.start), smaller(seen.stop, own.stop)};
+    if (laid_out) {
+      walk(sequence, places, count, tiles, whole, own.start, rows, space);
+    } else {
+      const auto walk_in_place = count == 4   ? &Forward::walk_in_place<4>
+                                 : count == 3 ? &Forward::walk_in_place<3>
+                                 : count == 2 ? &Forward::walk_in_place<2>
+                                              : &Forward::walk_in_place<1>;
+      (this->*walk_in_place)(sequence, places, tiles, whole, rows, space);
     }
     for (int r = 0; r < count; ++r) {
       const Place& row = places[r];
@@ -241,6 +268,45 @@ class Forward {
         const int64_t number = split * (int64_t{p_.batch} * p_.heads * p_.queries) + row.number;
         write_row(space.output.row(r), scale, p_.value_dim, p_.parts + number * p_.value_dim);
         p_.part_lse[number] = lse;
+      }
+    }
+  }
+
+  void walk(const Sequence& sequence, const Place* places, int count, const Tiles& tiles, const Tiles& whole,
+            int first_tile, Row* rows, FwdSpace<K>& space) const {
+    const int64_t width = paired_words(p_.value_dim);
+    float factors[kBlock];
+    First queries = {space.query.row(0), natural_words<K>(p_.head_dim)};
+    for (int r = 0, run; r < count; r += run) {  // of a head
+      run = smaller(count - r, sequence.queries - places[r].query);
+      const auto all = query_rows<T>(sequence, p_.query, p_.query_strides, places[r].head, p_.head_dim);
+      const auto source = from_row(all, places[r].query);
+      if (run < count || count % K::kRows != 0) {
+        pack_natural<K>(source, run, run, space.query.row(r));
+      } else {
+        queries = natural_rows<K>(source, run, run, space.query.row(0));
+      }
+    }
+    for (int tile = tiles.start; tile < tiles.stop; ++tile) {
+      int cols[kBlock];  // of a strip, of those keys that any of its rows sees
+      for (int r = 0, strip; r < count; r += strip) {
+        strip = strip_of<K>(count - r);
+        const int here = smaller(strip, count - r);
+        const First left = {queries.at + r * queries.row, queries.row};
+        const Second right = {space.keys.row(tile - first_tile), kTile};
+        cols[r] = strip_meets(sequence, places + r, here, tile * kTile, whole.have(tile), left, right, rows + r,
+                              space.probabilities.row(r), factors + r);
+        if (cols[r] == 0) continue;
+        for (int n = r; n < r + here; ++n) {
+          if (factors[n] != 1.0f) write_row(space.output.row(n), factors[n], width, space.output.row(n));
+        }
+      }
+      for (int r = 0, strip; r < count; r += strip) {
+        strip = strip_of<K>(count - r);
+        if (cols[r] == 0) continue;
+        multiply_all<K>(strip, width, {space.output.row(r), width, false},
+                        {space.probabilities.row(r), kTile / K::kPer}, {space.values.row(tile - first_tile), width},
+                        steps_of<K>(cols[r]));
       }
     }
   }
@@ -266,23 +332,61 @@ class Forward {
         return cols;
       }
     }
-    alignas(64) float s[K::kStrip * kTile], dropout[kDropoutColumns];
+    alignas(64) float s[K::kStrip * kTile];
     multiply_all<K>(strip_of<K>(count), wide<K>(cols), {s, kTile, true}, queries, keys, steps);
     for (int n = 0; n < count; ++n) {
-      const Place& place = places[n];
-      const int keys_here = smaller(sequence.keys - first_key, kTile);
-      float* const row = s + n * kTile;
-      if (!all || scores_.general()) {
-        scores_.finish(sequence, {place.head, place.query, first_key, true, keys_here}, wide<K>(cols), row, nullptr);
-      }
-      for (int at = wide<K>(cols); at < kTile; at += kLane) store(row + at, broadcast<float>(-INFINITY));
-      if (p_.rng_state != nullptr) dropout_factors(p_.dropout_p, p_.rng_state, place.number, first_key, dropout);
-      Registers<1, kTile / kLane> scores;
-      load_row(row, scores[0]);
-      exponentiate<K>(scores, scores_.unit, p_.rng_state == nullptr ? nullptr : dropout, rows + n,
-                      probabilities + n * kTile / K::kPer, factors + n);
+      finish_row<K>(sequence, places[n], first_key, all, cols, s + n * kTile, rows[n],
+                    probabilities + n * kTile / K::kPer, factors[n]);
     }
     return cols;
+  }
+
+  // Products of a row with `cols` keys to probabilities, in words of W.
+  template <typename W>
+  void finish_row(const Sequence& sequence, const Place& place, int first_key, bool all, int cols, float* s, Row& row,
+                  uint32_t* probabilities, float& factor) const {
+    alignas(64) float dropout[kDropoutColumns];
+    if (!all || scores_.general()) {
+      const int keys = smaller(sequence.keys - first_key, kTile);
+      scores_.finish(sequence, {place.head, place.query, first_key, true, keys}, wide<W>(cols), s, nullptr);
+    }
+    for (int at = wide<W>(cols); at < kTile; at += kLane) store(s + at, broadcast<float>(-INFINITY));
+    if (p_.rng_state != nullptr) dropout_factors(p_.dropout_p, p_.rng_state, place.number, first_key, dropout);
+    Registers<1, kTile / kLane> scores;
+    load_row(s, scores[0]);
+    exponentiate<W>(scores, scores_.unit, p_.rng_state == nullptr ? nullptr : dropout, &row, probabilities, &factor);
+  }
+
+  // A few rows with keys and values where they lie.
+  template <int kRows>
+  void walk_in_place(const Sequence& sequence, const Place* places, const Tiles& tiles, const Tiles& whole, Row* rows,
+                     FwdSpace<K>& space) const {
+    const int kv_head = places[0].head / (p_.heads / p_.kv_heads);
+    const auto keys = key_rows<T>(sequence, p_.key, p_.key_strides, kv_head, p_.head_dim);
+    const auto values = key_rows<T>(sequence, p_.value, p_.value_strides, kv_head, p_.value_dim);
+    const int64_t width = paired_words(p_.head_dim), value_width = paired_words(p_.value_dim);
+    float* const queries = reinterpret_cast<float*>(space.query.row(0));
+    for (int r = 0; r < kRows; ++r) {
+      const auto source = query_rows<T>(sequence, p_.query, p_.query_strides, places[r].head, p_.head_dim);
+      const T* const row = from_row(source, places[r].query).at;
+      for (int64_t c = 0; c < width; c += kLane) store(queries + r * width + c, load(row + c, p_.head_dim - c));
+    }
+    alignas(64) float s[kRows * kTile], p[kRows * kTile];
+    for (int tile = tiles.start; tile < tiles.stop; ++tile) {
+      const int first_key = tile * kTile, count = smaller(sequence.keys - first_key, kTile);
+      multiply_keys<kRows>(from_row(keys, first_key), count, queries, s);
+      for (int r = 0; r < kRows; ++r) {
+        float factor, *const output = space.output.row(r);
+        finish_row<Floats>(sequence, places[r], first_key, whole.have(tile), count, s + r * kTile, rows[r],
+                           reinterpret_cast<uint32_t*>(p + r * kTile), factor);
+        if (factor != 1.0f) write_row(output, factor, value_width, output);
+      }
+      for (int64_t c = 0, vectors; c < value_width; c += vectors * kLane) {
+        vectors = p_.value_dim - c >= 4 * kLane ? 4 : 1;
+        (vectors == 4 ? add_values<kRows, 4, T> : add_values<kRows, 1, T>)(from_row(values, first_key), count, p, c,
+                                                                           space.output.row(0));
+      }
+    }
   }
 };
 
@@ -304,8 +408,9 @@ const char* fwd(const AttentionFwdCpuParams& p) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) forward.combine(row);
   };
+  const bool laid_out = p.max_queries * (p.grouped ? group : 1) > kFew;
   return in_parallel<FwdSpace<K>>(threads_for(units * chunks, rows * p.max_keys), tasks, p,
-                                  (tiles + p.splits - 1) / p.splits);
+                                  laid_out ? (tiles + p.splits - 1) / p.splits : 1);
 }
 
 }  // namespace

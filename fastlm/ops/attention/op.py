@@ -492,6 +492,8 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
         return ""
     if inputs.query.is_cpu and (_native_lacks(inputs) or (not packed and _hides_or_biases(inputs))):  # type: ignore[arg-type]
         return "cpu"
+    if getattr(inputs, "key_lengths", None) is not None:
+        return fastest(f"{op} with key_lengths", inputs.key)
     return fastest(op, inputs.query)
 
 
