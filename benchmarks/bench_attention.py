@@ -217,15 +217,37 @@ def decode_case(dtype: torch.dtype, seconds: float) -> list[Comparison]:
     return cpu_case(title, DENSE, inputs, call, (masked, inputs), seconds, backward=False)
 
 
+def beside_gemm(dtype: torch.dtype, seconds: float) -> str:
+    """FLOP per second of causal attention, forward and backward, and of a GEMM that takes turns with it."""
+    length, heads, width, rows, inner, columns = 1024, 12, 64, 1024, 768, 3072
+    inputs = [torch.randn(1, heads, length, width).to(dtype).requires_grad_() for _ in range(3)]
+    x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    sides = {
+        AUTO: both(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), inputs),
+        "GEMM": alone(plain.linear, (x, weight)),
+    }
+    result = compare(f"beside a GEMM, {NAMES[dtype]}", sides, seconds=seconds)
+    flop = {AUTO: 7 * heads * width * length * (length + 1), "GEMM": 2 * rows * inner * columns}
+    ours, gemm = (flop[side] / result.median(side) / 1e9 for side in sides)
+    case, shape = f"B1 H{heads} T{length} D{width} causal forward and backward", f"{rows} x {inner} x {columns}"
+    rates = f"{ours:.0f} GFLOP/s; a GEMM of {shape} in turns with it: {gemm:.0f} ({ours / gemm:.2f})"
+    return f"- {case}, {NAMES[dtype]}: {rates}"
+
+
 def cpu_part(seconds: float) -> list[Comparison]:
     shapes = [
         (1, 12, 1024, 64, True),
         (1, 12, 1024, 64, False),
+        (8, 12, 128, 64, True),
         (8, 12, 128, 64, False),
         (2, 12, 512, 64, True),
         (1, 12, 1024, 32, True),
+        (1, 12, 1024, 32, False),
         (1, 12, 1024, 128, True),
+        (1, 12, 1024, 128, False),
+        (1, 4, 2048, 128, True),
         (1, 2, 4096, 64, True),
+        (1, 2, 4096, 64, False),
     ]
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -352,7 +374,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results = cpu_part(arguments.seconds or 2.0) if arguments.only in (None, "cpu") else []
-    parts = [static_part()] if arguments.only in (None, "static") else []
+    rates = (
+        [beside_gemm(dtype, arguments.seconds or 2.0) for dtype in (torch.float32, torch.bfloat16)] if results else []
+    )
+    parts = [rates] if rates else []
+    parts += [static_part()] if arguments.only in (None, "static") else []
     parts += [gpu_part(arguments.seconds or 1.0)] if arguments.only in (None, "gpu") else []
     text = "\n\n".join("\n".join(part).rstrip() for part in parts)
     print(text)
