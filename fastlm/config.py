@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["Config", "nearest"]
 
@@ -67,7 +67,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in (types.UnionType, Union):
         return any(_is_a(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
@@ -75,7 +75,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(_described(part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))

@@ -378,10 +378,14 @@ def test_a_missing_file_is_named(saved, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layer": 3}, "config.json: GPTConfig: unknown field 'num_layer'; did you mean num_layers?"),
-        ({"num_heads": "3"}, "config.json: GPTConfig: num_heads must be an integer, got '3'"),
-        ({"num_layers": 3}, "missing blocks.2.attention_norm.weight"),
-        ({"num_layers": 1}, "unexpected blocks.1.attention_norm.weight"),
+        ({"n_layers": 3}, "config.json: gpt2: n_layers is not known; did you mean n_layer?"),
+        ({"n_head": "3"}, "config.json: GPTConfig: num_heads must be an integer, got '3'"),
+        ({"n_layer": 3}, "missing blocks.2.attention_norm.weight"),
+        ({"n_layer": 1}, "unexpected transformer.h.1.attn.c_attn.bias"),
+        ({"scale_attn_weights": False}, "gpt2: scale_attn_weights must be True, got False"),
+        ({"attn_pdrop": 0.5}, "gpt2: embd_pdrop and attn_pdrop must be the same, got 0.0 and 0.5"),
+        ({"activation_function": "mish"}, r"activation_function must be one of gelu_new, .*, got 'mish'"),
+        ({"model_type": "llama"}, "GPT: model_type must be 'gpt2' or 'bloom', got 'llama'"),
         ({"vocab_size": 62}, r"token_embedding.weight has shape \(61, 24\) instead of \(62, 24\)"),
     ],
 )
@@ -390,6 +394,15 @@ def test_a_configuration_that_does_not_fit_the_weights_is_refused(saved, change,
     (saved / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(saved)
+
+
+def test_a_configuration_that_is_not_hugging_faces_has_our_names(tmp_path):
+    make(VARIANTS["sinusoidal"]).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values == VARIANTS["sinusoidal"].to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_layer": 3}))
+    with pytest.raises(ValueError, match=r"GPTConfig: unknown field 'num_layer'; did you mean num_layers\?"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_a_configuration_with_a_field_left_out_is_refused(saved):

@@ -19,7 +19,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fastlm.functional as F
 from fastlm import generation
 from fastlm.config import Config
+from fastlm.models import huggingface
 from fastlm.models.pretrained import Pretrained
 
 __all__ = ["GPT", "GPTConfig", "GPTOutput"]
@@ -53,7 +54,7 @@ class GPTConfig(Config):
         position: how a token knows its place
         activation: of the feed-forward layers
         norm_eps: added to the variance in every layer norm
-        dropout: of the embedding, the attention probabilities and what every layer adds
+        dropout: of the embedding unless it has a norm, the attention probabilities and what every layer adds
         tie_embeddings: the token embeddings are the weights of the last layer too
         embedding_norm: a layer norm after the embedding
     """
@@ -87,6 +88,7 @@ class GPTConfig(Config):
 class GPTOutput(NamedTuple):
     loss: Tensor | None  # () mean over the labels that are not -100
     logits: Tensor | None  # (B, T, V)
+    attentions: tuple[Tensor, ...] | None = None  # of each block (B, H, T, T)
 
 
 class Linear(nn.Linear):
@@ -119,14 +121,26 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.projection = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x_BTC: Tensor, mask_B11T: Tensor | None, slopes_H: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask_B11T: Tensor | None,
+        slopes_H: Tensor | None,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
         B, T, C = x_BTC.shape
         H = self.num_heads
         q_BHTD, k_BHTD, v_BHTD = self.qkv(x_BTC).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, mask_B11T, dropout, is_causal=True, alibi_slopes=slopes_H
-        )
+        if attentions is None:
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, k_BHTD, v_BHTD, mask_B11T, dropout, is_causal=True, alibi_slopes=slopes_H
+            )
+        else:
+            sees_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).tril()
+            sees = sees_TT if mask_B11T is None else sees_TT & mask_B11T
+            attentions.append(probabilities(q_BHTD, k_BHTD, sees, slopes_H))
+            y_BHTD = nn.functional.dropout(attentions[-1], dropout) @ v_BHTD
         return self.projection(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -142,16 +156,23 @@ class Block(nn.Module):
         self.ffn_down = Linear(ffn_size, config.hidden_size)
 
     def forward(
-        self, y_BTC: Tensor | None, x_BTC: Tensor, mask_B11T: Tensor | None, slopes_H: Tensor | None
+        self,
+        y_BTC: Tensor | None,
+        x_BTC: Tensor,
+        mask_B11T: Tensor | None,
+        slopes_H: Tensor | None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         normed_BTC, x_BTC = self.attention_norm(y_BTC, x_BTC)
-        normed_BTC, x_BTC = self.ffn_norm(self.attention(normed_BTC, mask_B11T, slopes_H), x_BTC)
+        normed_BTC, x_BTC = self.ffn_norm(self.attention(normed_BTC, mask_B11T, slopes_H, attentions), x_BTC)
         return self.ffn_down(self.activation(self.ffn_up(normed_BTC))), x_BTC
 
 
 class GPT(Pretrained):
     config: GPTConfig
     config_type = GPTConfig
+    layouts = (huggingface.GPT2, huggingface.BLOOM)
+    architectures: ClassVar = {"gpt2": "GPT2LMHeadModel", "bloom": "BloomForCausalLM"}
     generate = generation.generate
     stream = generation.stream
 
@@ -168,16 +189,15 @@ class GPT(Pretrained):
             self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
         """GPT-2's: N(0, 0.02), what adds to the residual stream narrower, since 2 * num_layers of them add up."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                adds = name.endswith(("attention.projection.weight", "ffn_down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers) if adds else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.ones_(parameter)
+        if parameter.dim() == 2:
+            adds = name.endswith(("attention.projection.weight", "ffn_down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers) if adds else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.ones_(parameter)
 
     def forward(
         self,
@@ -185,6 +205,8 @@ class GPT(Pretrained):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool | None = None,
+        *,
+        output_attentions: bool = False,
     ) -> GPTOutput:
         """The logits of the next token at every position and, with labels, the loss.
 
@@ -195,6 +217,7 @@ class GPT(Pretrained):
             labels: (B, T), usually `input_ids` themselves: the logits at t are compared with labels[:, t + 1].
                 -100 is ignored. Padding is not ignored unless it is -100.
             return_logits: None: only without labels. With False the logits never exist in full.
+            output_attentions: also the probabilities of every block, in plain torch.
 
         Raises:
             ValueError: wrong shapes, or a sequence longer than `max_seq_len`. TypeError: ids that are not integers.
@@ -204,19 +227,26 @@ class GPT(Pretrained):
             need, got = tuple(input_ids.shape), tuple(labels.shape)
             raise ValueError(f"GPT: labels must have the shape of input_ids, {need}, got {got}")
         targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        hidden_BTC = self.hidden_states(input_ids, attention_mask, attentions)
+        seen = None if attentions is None else tuple(attentions)
         if not (targets is None if return_logits is None else return_logits):
-            return GPTOutput(None if targets is None else self.loss(input_ids, targets, attention_mask), None)
-        logits_BTV = F.linear(self.hidden_states(input_ids, attention_mask), self.head_weight)
+            return GPTOutput(None if targets is None else self._loss(hidden_BTC, targets), None, seen)
+        logits_BTV = F.linear(hidden_BTC, self.head_weight)
         loss = None if targets is None else F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten())
-        return GPTOutput(loss, logits_BTV)
+        return GPTOutput(loss, logits_BTV, seen)
 
     def loss(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """() mean cross-entropy of the logits with `targets`, (B, T), which are shifted already; -100 is ignored."""
-        hidden_BTC = self.hidden_states(input_ids, attention_mask)
+        return self._loss(self.hidden_states(input_ids, attention_mask), targets)
+
+    def _loss(self, hidden_BTC: Tensor, targets: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden_BTC.flatten(0, 1), self.head_weight, targets.flatten())
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) after the last norm."""
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, attentions: list[Tensor] | None = None
+    ) -> Tensor:
+        """(B, T, C) after the last norm; `attentions` gets the probabilities of every block."""
         self._check(input_ids, attention_mask)
         C, T, device = self.config.hidden_size, input_ids.shape[1], input_ids.device
         x_BTC, mask_B11T, slopes_H = self.token_embedding(input_ids), None, None
@@ -230,12 +260,13 @@ class GPT(Pretrained):
             x_BTC = x_BTC * math.sqrt(C) + sinusoids(positions, C).to(x_BTC.dtype)
         else:
             slopes_H = alibi_slopes(self.config.num_heads, device)
-        x_BTC = nn.functional.dropout(x_BTC, self.config.dropout, self.training)
-        if self.config.embedding_norm:
+        if self.config.embedding_norm:  # in place of dropout, as in BLOOM
             x_BTC, _ = self.embedding_norm(None, x_BTC)
+        else:
+            x_BTC = nn.functional.dropout(x_BTC, self.config.dropout, self.training)
         y_BTC = None
         for block in self.blocks:
-            y_BTC, x_BTC = block(y_BTC, x_BTC, mask_B11T, slopes_H)
+            y_BTC, x_BTC = block(y_BTC, x_BTC, mask_B11T, slopes_H, attentions)
         return self.final_norm(y_BTC, x_BTC)[0]
 
     @property
@@ -258,6 +289,18 @@ class GPT(Pretrained):
             for bound in input_ids.aminmax():
                 if not 0 <= bound <= last:
                     raise IndexError(f"GPT: input_ids must be from 0 to vocab_size - 1 = {last}, got {bound}")
+
+
+def probabilities(q_BHTD: Tensor, k_BHTD: Tensor, sees: Tensor | None, slopes_H: Tensor | None = None) -> Tensor:
+    """(B, H, T, T) of attention, which kernels never form; `sees` is true where a query sees a key."""
+    scores_BHTT = q_BHTD @ k_BHTD.mT / math.sqrt(q_BHTD.shape[-1])
+    if slopes_H is not None:
+        positions = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
+        distances_TT = (positions[:, None] - positions).abs()
+        scores_BHTT = scores_BHTT - (slopes_H[:, None, None] * distances_TT).to(scores_BHTT.dtype)
+    if sees is not None:
+        scores_BHTT = scores_BHTT.masked_fill(~sees, torch.finfo(scores_BHTT.dtype).min)
+    return scores_BHTT.softmax(-1)
 
 
 def sinusoids(positions: Tensor, C: int) -> Tensor:

@@ -62,17 +62,17 @@ def load(checkpoint: Path, model: Pretrained, optimizers: Optimizers) -> dict[st
     Raises FileNotFoundError or ValueError for a checkpoint that is not whole or not of such a model.
     """
     state = read_json(checkpoint / "training.json")
-    weights, tensors = read_tensors(checkpoint / "model.safetensors"), read_tensors(checkpoint / "training.safetensors")
+    tensors = read_tensors(checkpoint / "training.safetensors")
     random = {key: tensors.pop(key) for key in [*tensors] if key.startswith("random.")}
     try:
-        model.load_state_dict(weights)
+        model.load_folder(checkpoint)
         parameters = dict(model.named_parameters())
         for key, tensor in tensors.items():
             optimizer, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             parameter = parameters[name]
             optimizers[optimizer].state[parameter][field] = tensor.to(parameter.device)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of this model: {error}") from None
     torch.set_rng_state(random["random.cpu"])
     if "random.cuda" in random and torch.cuda.is_available():
