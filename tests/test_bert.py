@@ -10,6 +10,7 @@ import torch
 
 import fastlm
 import fastlm.functional as F
+from fastlm.data import collate
 from fastlm.models import (
     BERT,
     BERTConfig,
@@ -228,3 +229,25 @@ def test_packed_attention_is_what_runs(monkeypatch):
     with fastlm.use_backend("reference"):
         make()(ids(), MASKS["none"])
     assert calls == [17, 17]
+
+
+def test_a_collated_batch_goes_into_the_model_as_it_is():
+    model = make(BERTForMaskedLM)
+    examples = [{"input_ids": [5, 6, 7], "labels": [-100, 9, -100]}, {"input_ids": [8], "labels": [3]}]
+    batch = collate(examples, pad_token_id=60)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 60, 60]]
+    assert batch["labels"].tolist() == [[-100, 9, -100], [3, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["packing"].indices_N.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(model(**batch).loss, model(**{**batch, "packing": None}).loss)
+    classes = collate([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}])
+    assert classes["labels"].tolist() == [1, 0]
+    for wrong in ([], [{"input_ids": [1]}, {"input_ids": [1], "labels": 0}]):
+        with pytest.raises(ValueError, match="collate: examples must be"):
+            collate(wrong)
+
+
+def test_compiled_without_a_graph_break_it_equals_eager():
+    model, mask = make(dtype=torch.float32), MASKS["right"]
+    compiled = torch.compile(lambda ids, mask: model(ids, mask, unpad=False).last_hidden_state, fullgraph=True)
+    torch.testing.assert_close(compiled(ids(), mask), model(ids(), mask, unpad=False).last_hidden_state)

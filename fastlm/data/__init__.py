@@ -8,6 +8,7 @@ Example:
 """
 
 from .baseline import baselines
+from .collate import collate
 from .corpus import Corpus, Document, read_corpus
 from .tokens import EOS_TOKEN, Dataset, batch, eval_batches, load_tokenizer, prepare
 
@@ -18,6 +19,7 @@ __all__ = [
     "Document",
     "baselines",
     "batch",
+    "collate",
     "eval_batches",
     "load_tokenizer",
     "prepare",
