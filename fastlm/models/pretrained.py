@@ -190,7 +190,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file, on the disk when this returns."""
     path.touch()
     mode = path.stat().st_mode
-    _safetensors().save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    _safetensors().save_file(contiguous, path, metadata={"format": "pt"})  # transformers asks for it
     path.chmod(mode)  # the library's own is for the owner alone
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
