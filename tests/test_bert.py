@@ -60,6 +60,14 @@ def test_tokens_get_the_same_with_and_without_padding(name):
         torch.testing.assert_close(removed.pooler_output, kept.pooler_output)
 
 
+@pytest.mark.parametrize("lengths", [(5, 0, 17, 0), (0, 0, 0, 0)])
+def test_a_sequence_without_a_token_pools_zeros(lengths):
+    model, mask = make(), mask_of(*lengths)
+    pooled, empty = model(ids(), mask).pooler_output, torch.tensor(lengths) == 0
+    torch.testing.assert_close(pooled[empty], model.pooler.bias.tanh().expand(int(empty.sum()), -1))
+    torch.testing.assert_close(pooled[~empty], model(ids(), mask, unpad=False).pooler_output[~empty])
+
+
 def test_what_stands_at_padding_does_not_matter():
     model, mask = make(), MASKS["right"]
     other = ids().where(mask.bool(), 7)
@@ -196,7 +204,7 @@ def test_bad_input_is_named(arguments, error, message):
 
 
 def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"BERTForMaskedLM: labels must have the shape of input_ids, \(4, 17\), got"):
+    with pytest.raises(ValueError, match=r"BERT: labels must have the shape of input_ids, \(4, 17\), got"):
         make(BERTForMaskedLM)(ids(), labels=ids(T=16))
 
 

@@ -19,6 +19,7 @@ from fastlm.models import (
     GPTConfig,
     huggingface,
 )
+from fastlm.models.pretrained import read_tensors, write_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -262,6 +263,18 @@ def test_what_bert_is_not_is_refused_by_name(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=message):
         BERT.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_must_have_the_whole_model(tmp_path):
+    model = GPT.from_pretrained(causal("gpt2, untied"))
+    model.save_pretrained(tmp_path)
+    model.load_folder(tmp_path)
+    weights = read_tensors(tmp_path / "model.safetensors")
+    write_tensors(
+        {name: weight for name, weight in weights.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"missing head.weight"):
+        model.load_folder(tmp_path)
 
 
 SIZES = {

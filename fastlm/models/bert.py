@@ -108,11 +108,12 @@ class Encoded(NamedTuple):
         return self.x.new_zeros(B * T, C).index_copy(0, self.packing.indices_N, self.x).view(B, T, C)
 
     def first(self) -> Tensor:
-        """(B, C) of the first token of every sequence."""
+        """(B, C) of the first token of every sequence; 0 of one that has none."""
         if self.packing is None:
             return self.x[:, 0]
-        starts_B = self.packing.cu_seqlens[:-1].long().clamp(max=max(0, len(self.x) - 1))
-        return self.x[starts_B]
+        starts_B, stops_B = self.packing.cu_seqlens[:-1].long(), self.packing.cu_seqlens[1:]
+        with_zeros = torch.cat((self.x, self.x.new_zeros(1, self.x.shape[-1])))
+        return with_zeros[starts_B.where(stops_B > starts_B, len(self.x))]
 
 
 class Attention(nn.Module):
@@ -298,8 +299,19 @@ class MaskedLMHead(nn.Module):
     def transform(self, x: Tensor) -> Tensor:
         return self.norm(None, self.activation(self.dense(x)))[0]
 
-    def logits(self, x: Tensor, weight_VC: Tensor) -> Tensor:
-        return F.linear(self.transform(x), weight_VC, self.bias)
+    def forward(
+        self, encoded: Encoded, weight_VC: Tensor, shape: torch.Size, labels: Tensor | None, return_logits: bool | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, with labels, and the logits (B, T, V), which are formed without labels or if they are asked for."""
+        if labels is not None and labels.shape != shape:
+            need, got = tuple(shape), tuple(labels.shape)
+            raise ValueError(f"BERT: labels must have the shape of input_ids, {need}, got {got}")
+        loss = logits = None
+        if labels is not None:
+            loss = self.loss(encoded, labels, weight_VC)
+        if labels is None if return_logits is None else return_logits:
+            logits = F.linear(self.transform(encoded.padded(*shape)), weight_VC, self.bias)
+        return loss, logits
 
     def loss(self, encoded: Encoded, labels_BT: Tensor, weight_VC: Tensor) -> Tensor:
         """Mean over the tokens that have a label; the others are left out before anything is computed."""
@@ -332,12 +344,9 @@ class BERTForMaskedLM(BERTModel):
 
         `options` are BERT's.
         """
-        _check_labels(self, labels, input_ids.shape)
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, **options)
         weight_VC = self.bert.token_embedding.weight
-        loss = None if labels is None else self.mlm.loss(encoded, labels, weight_VC)
-        wanted = labels is None if return_logits is None else return_logits
-        logits = self.mlm.logits(encoded.padded(*input_ids.shape), weight_VC) if wanted else None
+        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, return_logits)
         return BERTHeadOutput(loss, logits, encoded.attentions)
 
 
@@ -364,16 +373,13 @@ class BERTForPreTraining(BERTModel):
     ) -> BERTForPreTrainingOutput:
         """As BERTForMaskedLM; `next_sentence_label` (B,) is 0 where the second segment follows the first, and its loss
         is added to that of `labels`. `options` are BERT's."""
-        _check_labels(self, labels, input_ids.shape)
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, **options)
         weight_VC = self.bert.token_embedding.weight
+        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, return_logits)
         logits_B2 = self.next_sentence(self.bert.pool(encoded))
-        losses = [] if labels is None else [self.mlm.loss(encoded, labels, weight_VC)]
         if next_sentence_label is not None:
-            losses.append(F.cross_entropy(logits_B2, next_sentence_label.flatten()))
-        wanted = labels is None if return_logits is None else return_logits
-        logits = self.mlm.logits(encoded.padded(*input_ids.shape), weight_VC) if wanted else None
-        loss = torch.stack(losses).sum() if losses else None
+            next_sentence_loss = F.cross_entropy(logits_B2, next_sentence_label.flatten())
+            loss = next_sentence_loss if loss is None else loss + next_sentence_loss
         return BERTForPreTrainingOutput(loss, logits, logits_B2, encoded.attentions)
 
 
@@ -420,9 +426,3 @@ class BERTForSequenceClassification(BERTModel):
         labels = labels.view_as(logits).to(logits.dtype)
         loss = nn.functional.mse_loss if kind == "regression" else nn.functional.binary_cross_entropy_with_logits
         return loss(logits, labels)
-
-
-def _check_labels(model: nn.Module, labels: Tensor | None, shape: torch.Size) -> None:
-    if labels is not None and labels.shape != shape:
-        need, got = tuple(shape), tuple(labels.shape)
-        raise ValueError(f"{type(model).__name__}: labels must have the shape of input_ids, {need}, got {got}")

@@ -60,8 +60,7 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors. Each takes its name when it is complete, the configuration last."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        values, weights = self.config.to_dict(), self.state_dict()
-        layout = next((layout for layout in self.layouts if layout.fits(values)), None)
+        values, weights, layout = self.config.to_dict(), self.state_dict(), self._layout()
         if layout is not None:
             dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
             values = {
@@ -106,9 +105,12 @@ class Pretrained(nn.Module):
         return model.eval()
 
     def load_folder(self, folder: Path) -> None:
-        """The weights of a folder that a model of this configuration was saved to."""
-        layout = next((layout for layout in self.layouts if layout.fits(self.config.to_dict())), None)
-        self._load(layout, read_weights(folder), str(folder), assign=False)
+        """The weights of a folder that this very model was saved to: nothing may be new or left out."""
+        self._load(self._layout(), read_weights(folder), str(folder), whole=True)
+
+    def _layout(self) -> Layout | None:
+        values = self.config.to_dict()
+        return next((layout for layout in self.layouts if layout.fits(values)), None)
 
     @classmethod
     def _read_config(cls, values: dict[str, Any]) -> tuple[Layout | None, Config, dict[str, Any]]:
@@ -134,14 +136,16 @@ class Pretrained(nn.Module):
     def _table(self, layout: Layout) -> dict[str, Theirs]:
         return layout.table(self.config.num_layers, self.body)  # type: ignore[attr-defined]
 
-    def _load(self, layout: Layout | None, weights: dict[str, Tensor], place: str, assign: bool = True) -> None:
+    def _load(self, layout: Layout | None, weights: dict[str, Tensor], place: str, whole: bool = False) -> None:
         expected, table = self.state_dict(), {}
         if layout is not None:
             table = self._table(layout)
             weights = layout.read_weights(table, weights, self.config.num_heads)  # type: ignore[attr-defined]
-        left_out = sorted(name for name in weights if name in table and name not in expected)
+        left_out = sorted(name for name in weights if not whole and name in table and name not in expected)
         weights = {name: weight for name, weight in weights.items() if name not in left_out}
-        new = [name for name in expected if name not in weights and self._may_be_new(layout, name, weights)]
+        new = [
+            name for name in expected if not whole and name not in weights and self._may_be_new(layout, name, weights)
+        ]
         faults = [
             *(f"missing {name}" for name in expected if name not in weights and name not in new),
             *(f"unexpected {name}" for name in weights if name not in expected),
@@ -159,7 +163,7 @@ class Pretrained(nn.Module):
         for name in new:
             weights[name] = torch.empty(expected[name].shape, dtype=dtype)
             self.init_parameter(name, weights[name])
-        self.load_state_dict(weights, assign=assign)
+        self.load_state_dict(weights, assign=not whole)
         left_out = [name for name in left_out if name != "head.weight"]  # tied
         if new or left_out:
             said = [f"new: {', '.join(new)}"] * bool(new) + [f"left out: {', '.join(left_out)}"] * bool(left_out)
