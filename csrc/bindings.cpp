@@ -8,6 +8,7 @@
 #include "common/cpu_target.h"
 #include "cross_entropy/cross_entropy.h"
 #include "layer_norm/layer_norm.h"
+#include "linear/linear.h"
 
 #ifdef FASTLM_CUDA
 #include "common/kernel_attributes.h"
@@ -69,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   fastlm::bind<&fastlm::attention_bwd_cpu>(m, "attention_bwd_cpu");
   fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");
   fastlm::bind<&fastlm::layer_norm_bwd_cpu>(m, "layer_norm_bwd_cpu");
+  fastlm::bind<&fastlm::linear_fwd_cpu>(m, "linear_fwd_cpu");
   fastlm::bind<&fastlm::cross_entropy_fwd_cpu>(m, "cross_entropy_fwd_cpu");
   fastlm::bind<&fastlm::cross_entropy_sum_cpu>(m, "cross_entropy_sum_cpu");
   fastlm::bind<&fastlm::cross_entropy_bwd_cpu>(m, "cross_entropy_bwd_cpu");

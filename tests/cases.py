@@ -210,6 +210,12 @@ def _torch_linear_cross_entropy(input, linear_weight, target, *, linear_bias=Non
     return _torch_cross_entropy(logits, target, weight, **options)
 
 
+def _torch_linear(input, weight, bias=None, *, weight_scale=None):
+    if weight_scale is not None:
+        weight = (weight * weight_scale[:, None]).to(input.dtype)
+    return T.linear(input, weight, bias)
+
+
 def _bias(queries, keys, batch, offsets, is_causal, window, slopes, filled, dtype):
     """Everything torch takes only as a mask, as one, by the same element-wise definition as the formula."""
     bias = torch.zeros(batch, 1 if slopes is None else slopes.shape[-1], queries, keys, dtype=torch.float64)
@@ -278,6 +284,7 @@ def _torch_varlen_attention(
 
 
 TORCH: dict[str, Callable[..., Any]] = {
+    "linear": _torch_linear,
     "layer_norm": T.layer_norm,
     "rms_norm": _torch_rms_norm,
     "add_layer_norm": _torch_add_layer_norm,
@@ -483,7 +490,7 @@ def _cross_entropy_cases() -> list[Case]:
     return cases
 
 
-def _linear_cases() -> list[Case]:
+def _linear_entropy_cases() -> list[Case]:
     def case(name, rows, features, classes, *, target=None, bias=False, weight=False, probabilities=False,
              options=None, **kwargs):  # fmt: skip
         classes = classes if isinstance(classes, tuple) else (classes,)
@@ -543,6 +550,57 @@ def _linear_cases() -> list[Case]:
              options={"reduction": "none"}),
     ]  # fmt: skip
     return cases
+
+
+def _linear_cases() -> list[Case]:
+    def case(name, rows, features=20, outputs=11, *, bias=True, int8=False, salt=(), zeros=False, **kwargs):
+        def make(generator: torch.Generator) -> dict[str, Tensor]:
+            x = _normal(generator, *rows, features)
+            tensors = {
+                "input": hostile.salted(x, *salt) if salt else x * (not zeros),
+                "weight": _normal(generator, outputs, features) / max(1, features) ** 0.5,
+            }
+            if int8:
+                tensors["weight"] = torch.randint(-128, 128, (outputs, features), generator=generator).to(torch.int8)
+                tensors["weight_scale"] = torch.rand(outputs, generator=generator, dtype=torch.float64) / 127
+            if bias:
+                tensors["bias"] = _normal(generator, outputs)
+            return tensors
+
+        kept = {"weight_scale": torch.float32}
+        return Case("linear", f"int8, {name}" if int8 else name, make, dtypes=kept, fixed=("weight_scale",), **kwargs)
+
+    inf, nan = math.inf, math.nan
+    both = [
+        *((f"{rows} rows", (rows,)) for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20)),
+        ("one dimension", ()),
+        ("three dimensions", (2, 3)),
+        ("no batch", (0, 3)),
+    ]
+    hard = [
+        ("one feature", {"features": 1}),
+        ("no features", {"features": 0}),
+        ("one output", {"outputs": 1}),
+        ("no outputs", {"outputs": 0}),
+        ("odd sizes", {"features": 131, "outputs": 29}),
+        ("whole steps", {"features": 256, "outputs": 12}),
+        ("many features", {"features": 3001, "outputs": 5}),
+        ("many outputs", {"outputs": 517}),
+        ("no bias", {"bias": False}),
+        ("infinite and NaN", {"salt": (inf, nan, -inf)}),
+        ("only zeros", {"zeros": True}),
+        ("misaligned", {"layouts": dict.fromkeys(("input", "weight", "bias", "weight_scale", "grad_0"), "misaligned")}),
+        ("strided", {"layouts": dict.fromkeys(("input", "bias", "weight_scale", "grad_0"), "strided")}),
+        ("rows sliced", {"layouts": dict.fromkeys(("input", "weight", "grad_0"), "sliced_rows")}),
+        ("transposed", {"layouts": dict.fromkeys(("input", "weight", "grad_0"), "transposed")}),
+        ("expanded", {"layouts": {"input": "expanded", "weight": "expanded", "bias": "expanded_last"}}),
+        ("upstream of a sum", {"layouts": {"grad_0": "from_sum"}}),
+        ("strides past 2^31", {"far": {"input": 0, "weight": 0}, "only": (torch.bfloat16,)}),
+    ]
+    return [
+        *(case(name, rows, int8=int8) for name, rows in both for int8 in (False, True)),
+        *(case(name, (5,), int8=int8, **kwargs) for name, kwargs in hard for int8 in (False, True)),
+    ]
 
 
 def _attention_cases() -> list[Case]:
@@ -730,6 +788,7 @@ def _varlen_cases() -> list[Case]:
 CASES = [
     *(case for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm") for case in _norm_cases(op)),
     *_cross_entropy_cases(),
+    *_linear_entropy_cases(),
     *_linear_cases(),
     *_attention_cases(),
     *_varlen_cases(),

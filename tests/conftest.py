@@ -20,6 +20,7 @@ from fastlm.ops import compiled, registry
 from fastlm.ops.attention import op as attention
 from fastlm.ops.cross_entropy import op as cross_entropy
 from fastlm.ops.layer_norm import op as layer_norm
+from fastlm.ops.linear import op as linear
 
 
 def interpreted(function):
@@ -42,7 +43,7 @@ elif torch.cuda.device_count() == 0:
 
 if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which this one runs too
     for target in list(compiled.extension().CPU_TARGETS)[:-1]:
-        for op in (attention, cross_entropy, layer_norm):
+        for op in (attention, cross_entropy, layer_norm, linear):
             op.register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
 
 

@@ -84,6 +84,12 @@ def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weig
     return cross_entropy(logits, target, weight, ignore_index=-100 if ignore_index is None else ignore_index, **options)
 
 
+def linear(input, weight, bias=None, *, weight_scale=None):
+    output = (input[..., None, :] * weight).sum(-1)
+    output = output if weight_scale is None else output * weight_scale
+    return output if bias is None else output + bias
+
+
 def visible(i: int, j: int, offset: int, is_causal: bool, window: tuple[int, int] | None) -> bool:
     """Whether query i, which sits at key position i + offset, may see key j."""
     left, right = window or (-1, -1)

@@ -23,10 +23,13 @@ ONE_EACH = [
     "add_rms_norm-odd sizes",
     "cross_entropy-everything mean",
     "linear_cross_entropy-everything mean",
+    "linear-odd sizes",
     "scaled_dot_product_attention-everything",
     "varlen_attention-everything",
 ]
 MORE = [
+    "linear-int8, odd sizes",
+    "linear-no bias",
     "layer_norm-two dimensions normalised",
     "layer_norm-no parameters",
     "add_layer_norm-only new_residual used",
@@ -88,6 +91,7 @@ def second_order(function, tensors, seed=3):
         "add_rms_norm-odd sizes",
         "cross_entropy-ignored with weight",
         "linear_cross_entropy-ignored",
+        "linear-odd sizes",
         "scaled_dot_product_attention-causal",
         "varlen_attention-causal",
     ],

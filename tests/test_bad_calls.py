@@ -24,6 +24,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "add_rms_norm": {"input": X, "residual": X, "normalized_shape": (8,), "weight": W},
     "cross_entropy": {"input": X, "target": TARGET},
     "linear_cross_entropy": {"input": torch.ones(ROWS, 6), "linear_weight": torch.ones(8, 6), "target": TARGET},
+    "linear": {"input": X, "weight": torch.ones(3, 8), "bias": torch.ones(3)},
     "scaled_dot_product_attention": {"query": QUERY, "key": QUERY, "value": QUERY},
     "varlen_attention": {
         "query": torch.ones(5, 2, 8),
@@ -35,7 +36,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "max_seqlen_k": 3,
     },
 }
-OURS_ALONE = {"dropout_p", "z_loss", "softcap", "window", "alibi_slopes", "key_lengths", "return_lse"}
+OURS_ALONE = {"dropout_p", "z_loss", "softcap", "window", "alibi_slopes", "key_lengths", "return_lse", "weight_scale"}
 
 
 class Bad(NamedTuple):
@@ -182,6 +183,33 @@ def _losses() -> list[Bad]:
     return rows
 
 
+def _linear() -> list[Bad]:
+    w, int8, scale = torch.ones(3, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(3)
+    rows = [
+        ({"input": torch.ones(4, 7)}, RuntimeError, "input must be (*, in_features)"),
+        ({"input": torch.tensor(1.0)}, RuntimeError, "input must be (*, in_features)"),
+        ({"weight": w[:, :5]}, RuntimeError, "input must be (*, in_features)"),
+        ({"weight": w.double()}, RuntimeError, "weight must be torch.float32"),
+        ({"weight": int8}, RuntimeError, "weight must be torch.float32"),
+        ({"weight": w.to("meta")}, RuntimeError, "weight must be on cpu", True),
+        ({"bias": scale.half()}, RuntimeError, "bias must be torch.float32"),
+        ({"bias": scale.to("meta")}, RuntimeError, "bias must be on cpu"),
+        ({"bias": 1.0}, TypeError, "bias must be a Tensor"),
+        ({"weight_scale": scale}, RuntimeError, "weight must be int8"),
+        ({"weight": int8[0], "weight_scale": scale}, RuntimeError, "weight must be int8"),
+        ({"weight": int8, "weight_scale": 1.0}, TypeError, "weight_scale must be a Tensor"),
+        ({"weight": int8, "weight_scale": scale.double()}, RuntimeError, "weight_scale must be torch.float32"),
+        ({"weight": int8, "weight_scale": scale[:2]}, RuntimeError, "weight_scale must be torch.float32 of shape (3,)"),
+        ({"weight": int8, "weight_scale": scale.to("meta")}, RuntimeError, "weight_scale must be on cpu"),
+        ({"weight": int8, "weight_scale": scale, "input": X.long()}, RuntimeError, "an input that is floating point"),
+        ({"weight": int8, "weight_scale": scale, "bias": scale.half()}, RuntimeError, "bias must be torch.float32"),
+    ]
+    rows += [
+        ({name: value}, TypeError, f"{name} must be a Tensor") for name in ("input", "weight") for value in ([], 1)
+    ]
+    return [Bad("linear", *row) for row in rows]
+
+
 def _attention() -> list[Bad]:
     rows = []
     for op in ("scaled_dot_product_attention", "varlen_attention"):
@@ -283,7 +311,7 @@ def _attention() -> list[Bad]:
     return rows
 
 
-BAD = [*_norms(), *_losses(), *_attention()]
+BAD = [*_norms(), *_losses(), *_linear(), *_attention()]
 
 
 @pytest.mark.parametrize("op", GOOD)
@@ -332,7 +360,7 @@ NUMBERS = {"eps", "z_loss", "label_smoothing", "softcap", "scale", "dropout_p"}
 INTEGERS = {"ignore_index", "max_seqlen_q", "max_seqlen_k"}
 
 
-@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("op", [op for op in GOOD if op != "linear"])
 def test_numbers_may_be_of_pythons_or_of_numpys_kinds(op):
     parameters = inspect.signature(getattr(F, op)).parameters
     kinds = [(name, (1, 0.5, np.float32(0.5), np.float64(0.5))) for name in NUMBERS & parameters.keys()]

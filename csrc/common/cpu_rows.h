@@ -64,7 +64,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
 
   bool failed() const { return data_ == nullptr; }
-  A* row(int64_t n) { return data_ + n * stride_; }
+  A* row(int64_t n) const { return data_ + n * stride_; }
 
  private:
   int64_t stride_;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -130,6 +131,18 @@ inline Vec<float> load(const Half* p) {
 #endif
 }
 
+inline Vec<float> load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepi8_epi32(0xFFFF, get<__m128i>(p));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_cvtepi32_ps(0xFFFF, wide));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes<float>)));
+  return __builtin_convertvector(get<Bytes>(p), Vec<float>);
+#endif
+}
+
 // x as elements of T: rounded to nearest, ties to even. AVX-512-BF16 makes 0 of results below 2^-126, as its
 // instruction does.
 template <typename T>
@@ -224,6 +237,36 @@ inline A sum(Vec<A> x) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+}
+
+// Of a and b, one after the other, each block of so many lanes plus the block that follows it.
+template <int kBlock, typename A, int... kAt>
+inline Vec<A> add_blocks(Vec<A> a, Vec<A> b, std::integer_sequence<int, kAt...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kAt + kAt / kBlock * kBlock)...) +
+         __builtin_shufflevector(a, b, (kAt + kAt / kBlock * kBlock + kBlock)...);
+#else
+  using Lanes = Vec<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>;
+  return __builtin_shuffle(a, b, Lanes{(kAt + kAt / kBlock * kBlock)...}) +
+         __builtin_shuffle(a, b, Lanes{(kAt + kAt / kBlock * kBlock + kBlock)...});
+#endif
+}
+
+// sum() of each of the vectors, of which there are as many as lanes, or fewer.
+template <typename A, int kCount, int kBlock = kLanes<A> / 2>
+inline __attribute__((always_inline)) Vec<A> sums(const Vec<A>* x) {
+  static_assert(kCount <= 2 * kBlock, "one vector has a lane for each");
+  constexpr int kLeft = (kCount + 1) / 2;
+  Vec<A> left[kLeft];
+  FASTLM_UNROLL for (int n = 0; n < kLeft; ++n) {
+    const Vec<A>&a = x[2 * n], &b = x[2 * n + 1 < kCount ? 2 * n + 1 : 2 * n];
+    left[n] = add_blocks<kBlock, A>(a, b, std::make_integer_sequence<int, kLanes<A>>());
+  }
+  if constexpr (kBlock == 1) {
+    return left[0];
+  } else {
+    return sums<A, kLeft, kBlock / 2>(left);
+  }
 }
 
 // The larger of each pair of lanes; of NaN and a number b's.

@@ -181,6 +181,10 @@ class Op:
             self._chosen[key] = call
         return call
 
+    def left_to_native(self) -> bool:
+        """Whether "auto" decides, and prefers torch's own op unless a measurement speaks against it."""
+        return preference() == ("auto",) and self.auto[0] == "native" and not _state.explaining
+
     def _expand(self, names: tuple[str, ...], inputs: Any) -> Sequence[str]:
         if names == ("auto",):
             return self._auto(inputs)

@@ -22,6 +22,7 @@ OPS = ["tests/test_ops.py", "tests/test_layer_norm.py"]
 CUDA, CPU = (
     [f"tests/test_{op}_{name}.py" for op in ("layer_norm", "cross_entropy", "attention")] for name in ("cuda", "cpu")
 )
+CPU.append("tests/test_linear_cpu.py")
 # fp16's kernels are bf16's with another conversion; widths are for the first two runs. Of attention over many tiles the
 # second has what one block goes on with where another, or an earlier tile, has left off.
 ALL = "emulator or cuda"
