@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import torch
 
-from fastlm.generation import next_token_probabilities
+from fastlm.generation import Decoder, next_token_probabilities, quantized
 from fastlm.models import GPT, GPTConfig
 
 V = 37
@@ -42,8 +45,8 @@ def test_the_stream_yields_the_tokens_that_generate_returns(model):
 
 def test_the_stream_computes_no_further_than_it_is_read(model, monkeypatch):
     calls = []
-    hidden_states = model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda *args: calls.append(1) or hidden_states(*args))
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda *args: calls.append(1) or run(*args))
     stream = model.stream(prompts(), 10)
     next(stream), next(stream)
     assert len(calls) == 2
@@ -81,6 +84,141 @@ def test_without_a_pad_token_finished_sequences_repeat_the_end_token(model):
     eos = int(free[0, 5])
     out = model.generate(prompts(), 12, eos_token_id=eos)
     assert (out[0, 5:] == eos).all()
+
+
+@pytest.mark.parametrize("position", ["learned", "alibi", "sinusoidal"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_token_by_token_the_logits_are_those_of_the_whole_text(position, sequences):
+    """Beams that part and die out, prompts of several lengths."""
+    torch.manual_seed(3)
+    config = GPTConfig(vocab_size=V, max_seq_len=32, hidden_size=24, num_layers=2, num_heads=3, position=position)
+    model = GPT(config).double().eval()
+    ids, mask = prompts(3, 6), torch.ones(3, 6, dtype=torch.int64)
+    mask[1, :2] = mask[2, :5] = 0
+    with torch.no_grad():
+        decoder = Decoder(model, ids, mask, sequences, 5, False)
+        cache = decoder.keys.untyped_storage().data_ptr()
+        texts = [[row[kept.bool()]] * sequences for row, kept in zip(ids, mask, strict=True)]
+        close(decoder.start(), torch.cat([model(text[0][None]).logits[:, -1] for text in texts]))
+        for step in range(5):
+            tokens = torch.randint(V, (3, sequences))
+            parents = torch.randint(sequences, (3, sequences)) if step else None
+            for b, (text, new) in enumerate(zip(texts, tokens, strict=True)):
+                come_from = range(sequences) if parents is None else parents[b]
+                texts[b] = [torch.cat((text[n], one[None])) for n, one in zip(come_from, new, strict=True)]
+            expected = torch.cat([model(text[None]).logits[:, -1] for of_prompt in texts for text in of_prompt])
+            close(decoder.step(tokens, parents), expected)
+        assert decoder.keys.untyped_storage().data_ptr() == cache  # neither grown nor moved
+        assert decoder.keys.shape[3] == 6 + 5 * sequences
+
+
+def close(ours, exact):
+    torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_draws_of_one_prompt_differ_and_are_those_of_as_many_prompts(model):
+    many = model.generate(prompts(2), 12, do_sample=True, num_return_sequences=4, seed=3)
+    alone = model.generate(prompts(2).repeat_interleave(4, 0), 12, do_sample=True, seed=3)
+    assert torch.equal(many, alone)
+    assert len({tuple(row) for row in many.tolist()}) > 4
+    new = torch.stack(list(model.stream(prompts(2), 12, do_sample=True, num_return_sequences=4, seed=3)), 1)
+    assert torch.equal(new, many[:, 5:])
+
+
+def log_probability(model, ids, prompt):
+    logits = model(ids).logits.log_softmax(-1)[:, prompt - 1 : -1]
+    return logits.gather(-1, ids[:, prompt:, None]).sum((1, 2))
+
+
+def test_beams_as_many_as_there_are_texts_find_the_likeliest(model):
+    """With V beams nothing of two tokens is lost."""
+    ids = prompts(1, 4)
+    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    every = torch.cat((ids.expand(len(pairs), -1), pairs), 1)
+    with torch.no_grad():
+        order = log_probability(model, every, 4).argsort(descending=True)
+    found = model.generate(ids, 2, num_beams=V, num_return_sequences=10)
+    assert torch.equal(found, every[order[:10]])
+
+
+def test_beams_can_be_drawn(model):
+    options = {"do_sample": True, "num_beams": 3, "num_return_sequences": 3, "top_k": 9, "temperature": 2.0}
+    one, two, other = (model.generate(prompts(2), 9, seed=seed, **options) for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(one[:, :5], prompts(2).repeat_interleave(3, 0))
+
+
+def test_several_tokens_can_end_a_sequence(model):
+    free = greedy(model, prompts(), 12)
+    ends = [int(free[row, 5 + at]) for row, at in ((0, 6), (1, 3), (2, 2))]
+    out = model.generate(prompts(), 12, eos_token_id=ends)
+    for row in range(3):
+        at = next(n for n, token in enumerate(free[row, 5:].tolist()) if token in ends)
+        assert out[row, : 6 + at].tolist() == free[row, : 6 + at].tolist()
+        assert (out[row, 6 + at :] == ends[0]).all()
+
+
+def test_dropout_is_left_out_and_the_mode_of_the_model_left_alone(model):
+    config = GPTConfig(vocab_size=V, max_seq_len=32, hidden_size=16, num_layers=2, num_heads=2, dropout=0.5)
+    training = GPT(config).train()
+    expected = training.eval().generate(prompts(), 9)
+    stream = training.train().stream(prompts(), 9)
+    for n, token in enumerate(stream):
+        assert training.training
+        assert torch.equal(token, expected[:, 5 + n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_generates_what_a_model_of_the_rounded_weights_does(tied, dtype):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=V,
+        max_seq_len=32,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=2,
+        tie_embeddings=tied,
+        embedding_norm=True,
+    )
+    model = GPT(config).to(dtype).eval()
+    small = quantized(model)
+    rounded = copy.deepcopy(model)
+    for name, module in small.named_modules():
+        if hasattr(module, "weight_scale"):
+            weight = (module.weight * module.weight_scale[:, None]).to(dtype)
+            if name == "head" and tied:
+                rounded.logits = functools.partial(torch.nn.functional.linear, weight=weight)
+            else:
+                rounded.get_submodule(name).weight.data = weight
+    logits, expected = small(prompts()).logits, rounded(prompts()).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert small.token_embedding.weight is model.token_embedding.weight
+    assert model.config.tie_embeddings == tied
+    assert not any(hasattr(module, "weight_scale") for module in model.modules())
+    if dtype == torch.float32:
+        assert torch.equal(model.generate(prompts(), 12, quantize="int8")[:, :6], model.generate(prompts(), 1))
+        first = model.generate(prompts(), 1)
+        assert torch.equal(model.generate(prompts(), 12, quantize="int8"), greedy_from(model, small, first, 11))
+
+
+def greedy_from(model, small, ids, steps):
+    """The prompts by way of the model, what follows by way of the small one."""
+    decoder = Decoder(model, ids[:, :-1], None, 1, steps + 1, False)
+    with torch.no_grad():
+        decoder.start()
+        decoder.steps_model = small
+        for _ in range(steps):
+            ids = torch.cat((ids, decoder.step(ids[:, -1:]).argmax(-1, keepdim=True)), 1)
+    return ids
+
+
+def test_int8_refuses_weights_that_are_not_finite(model):
+    broken = copy.deepcopy(model)
+    broken.blocks[1].ffn_up.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="quantize: the weights must be finite"):
+        broken.generate(prompts(), 3, quantize="int8")
 
 
 def test_a_seed_gives_the_same_text_again_and_leaves_the_global_generator_alone(model):
@@ -155,7 +293,15 @@ def test_rows_are_cut_on_their_own():
     [
         ({"max_new_tokens": 28}, "prompt and new tokens must fit max_seq_len = 32, got 5 and 28"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
+        ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
+        ({"length_penalty": float("nan")}, "length_penalty must be finite, got nan"),
+        ({"early_stopping": "soon"}, "early_stopping must be True, False or \"never\", got 'soon'"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be at least 1, got 0"),
+        ({"num_return_sequences": 2}, "num_return_sequences must be at most num_beams = 1: without draws"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences must be at most num_beams = 2"),
+        ({"quantize": "int4"}, "quantize must be \"int8\" or None, got 'int4'"),
         ({"top_k": -1}, "top_k must be at least 1, or 0 for all tokens, got -1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -85,6 +85,9 @@ class GPTConfig(Config):
         self._need(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (B, H, T, D) -> (B, H, T, D)
+
+
 class GPTOutput(NamedTuple):
     loss: Tensor | None  # () mean over the labels that are not -100
     logits: Tensor | None  # (B, T, V)
@@ -117,30 +120,15 @@ class AddNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.num_heads = config.num_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.projection = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self,
-        x_BTC: Tensor,
-        mask_B11T: Tensor | None,
-        slopes_H: Tensor | None,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x_BTC: Tensor, attend: Attend) -> Tensor:
         B, T, C = x_BTC.shape
         H = self.num_heads
         q_BHTD, k_BHTD, v_BHTD = self.qkv(x_BTC).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        if attentions is None:
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, k_BHTD, v_BHTD, mask_B11T, dropout, is_causal=True, alibi_slopes=slopes_H
-            )
-        else:
-            sees_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).tril()
-            sees = sees_TT if mask_B11T is None else sees_TT & mask_B11T
-            attentions.append(probabilities(q_BHTD, k_BHTD, sees, slopes_H))
-            y_BHTD = nn.functional.dropout(attentions[-1], dropout) @ v_BHTD
+        y_BHTD = attend(q_BHTD, k_BHTD, v_BHTD)
         return self.projection(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -155,16 +143,9 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.ffn_down = Linear(ffn_size, config.hidden_size)
 
-    def forward(
-        self,
-        y_BTC: Tensor | None,
-        x_BTC: Tensor,
-        mask_B11T: Tensor | None,
-        slopes_H: Tensor | None,
-        attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, y_BTC: Tensor | None, x_BTC: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         normed_BTC, x_BTC = self.attention_norm(y_BTC, x_BTC)
-        normed_BTC, x_BTC = self.ffn_norm(self.attention(normed_BTC, mask_B11T, slopes_H, attentions), x_BTC)
+        normed_BTC, x_BTC = self.ffn_norm(self.attention(normed_BTC, attend), x_BTC)
         return self.ffn_down(self.activation(self.ffn_up(normed_BTC))), x_BTC
 
 
@@ -232,7 +213,7 @@ class GPT(Pretrained):
         seen = None if attentions is None else tuple(attentions)
         if not (targets is None if return_logits is None else return_logits):
             return GPTOutput(None if targets is None else self._loss(hidden_BTC, targets), None, seen)
-        logits_BTV = F.linear(hidden_BTC, self.head_weight)
+        logits_BTV = self.logits(hidden_BTC)
         loss = None if targets is None else F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten())
         return GPTOutput(loss, logits_BTV, seen)
 
@@ -248,26 +229,48 @@ class GPT(Pretrained):
     ) -> Tensor:
         """(B, T, C) after the last norm; `attentions` gets the probabilities of every block."""
         self._check(input_ids, attention_mask)
-        C, T, device = self.config.hidden_size, input_ids.shape[1], input_ids.device
-        x_BTC, mask_B11T, slopes_H = self.token_embedding(input_ids), None, None
-        positions = torch.arange(T, device=device)  # (T), with a mask (B, T)
+        T, device = input_ids.shape[1], input_ids.device
+        slopes_H = self.alibi_slopes(device)
+        mask_B11T, positions = None, torch.arange(T, device=device)  # (T), with a mask (B, T)
         if attention_mask is not None:
             mask_B11T = attention_mask.bool()[:, None, None]
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        dropout = self.config.dropout if self.training else 0.0
+
+        def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+            if attentions is None:
+                return F.scaled_dot_product_attention(
+                    q_BHTD, k_BHTD, v_BHTD, mask_B11T, dropout, is_causal=True, alibi_slopes=slopes_H
+                )
+            sees_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            sees = sees_TT if mask_B11T is None else sees_TT & mask_B11T
+            attentions.append(probabilities(q_BHTD, k_BHTD, sees, slopes_H))
+            return nn.functional.dropout(attentions[-1], dropout) @ v_BHTD
+
+        return self.run(input_ids, positions, [attend] * len(self.blocks))
+
+    def run(self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """(B, T, C) after the last norm, of tokens at `positions`, (T) or (B, T), with each block's attention."""
+        x_BTC, C = self.token_embedding(input_ids), self.config.hidden_size
         if self.config.position == "learned":
             x_BTC = x_BTC + self.position_embedding(positions)
         elif self.config.position == "sinusoidal":
             x_BTC = x_BTC * math.sqrt(C) + sinusoids(positions, C).to(x_BTC.dtype)
-        else:
-            slopes_H = alibi_slopes(self.config.num_heads, device)
         if self.config.embedding_norm:  # in place of dropout, as in BLOOM
             x_BTC, _ = self.embedding_norm(None, x_BTC)
         else:
             x_BTC = nn.functional.dropout(x_BTC, self.config.dropout, self.training)
         y_BTC = None
-        for block in self.blocks:
-            y_BTC, x_BTC = block(y_BTC, x_BTC, mask_B11T, slopes_H, attentions)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            y_BTC, x_BTC = block(y_BTC, x_BTC, attend)
         return self.final_norm(y_BTC, x_BTC)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) of hidden states after the last norm."""
+        return F.linear(hidden, self.token_embedding.weight) if self.config.tie_embeddings else self.head(hidden)
+
+    def alibi_slopes(self, device: torch.device) -> Tensor | None:
+        return alibi_slopes(self.config.num_heads, device) if self.config.position == "alibi" else None
 
     @property
     def head_weight(self) -> Tensor:
