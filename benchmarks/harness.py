@@ -99,6 +99,12 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.nbytes / min(runs)
 
 
+def read_bandwidth() -> float:
+    """Bytes per second of sums of 512 MiB on the CPU, their median: what a kernel that reads memory once can reach."""
+    source = torch.ones(128 * 2**20)
+    return source.nbytes / statistics.median(_seconds(lambda: source.sum(), 1) for _ in range(30))
+
+
 Column = tuple[str, Callable[[Comparison], str]]
 
 

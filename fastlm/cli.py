@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
@@ -121,7 +122,8 @@ def train(argv: list[str]) -> int:
     print(f"  xz, given the training text   {baselines['xz_given_train']:.3f}")
     print(f"\nA sample at temperature {TEMPERATURE}:\n")
     sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
-    _print_text(model.eval(), dataset.tokenizer(), "", **sampling)
+    tokenizer = dataset.tokenizer()
+    _print_text(model.eval(), tokenizer, "", _ids(model, tokenizer, ""), **sampling)
     print(
         f"\nCurves in {folder / 'loss.png'}. Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '"
     )
@@ -129,33 +131,57 @@ def train(argv: list[str]) -> int:
 
 
 def generate(argv: list[str]) -> int:
-    """continue a text with a trained model"""
+    """continue texts with a trained model"""
     from fastlm.train import checkpoint
 
     parser = _Parser("generate", generate.__doc__)
     parser.add_argument("directory", metavar="RUN_OR_DIR", help="a run, or a folder with a model and tokenizer.json")
     parser.add_argument("--prompt", metavar="TEXT", help="what to go on from [the start of a document]")
     parser.add_argument(
+        "--prompts", metavar="FILE", help='prompts, a line each, in a .jsonl {"prompt": ..}; - is stdin'
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each text when it is complete")
+    parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help=f"[{NEW_TOKENS}, or fewer where the model ends]"
     )
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="ends a text, and is left out; can be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end of a document")
     parser.add_argument("--temperature", metavar="X", type=float, help=f"[{TEMPERATURE}]")
     parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens [0: from all]")
     parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that hold this much [1]")
+    parser.add_argument("--repetition-penalty", metavar="X", type=float, help="of what is there already [1: none]")
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws [new ones every time]")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token every time")
+    parser.add_argument("--num-beams", metavar="N", type=int, help="search with so many beams, without draws [1]")
+    parser.add_argument("--length-penalty", metavar="X", type=float, help="of beams: above 0 for longer texts [1]")
+    parser.add_argument("--num-return-sequences", metavar="N", type=int, help="texts for each prompt [1]")
+    parser.add_argument("--quantize", choices=["int8"], help="read new tokens' weights as int8: faster, less exact")
     given = parser.parse(argv)
 
-    folder = Path(given.pop("directory"))
+    folder, as_json = Path(given.pop("directory")), given.pop("json", False)
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run or model: {folder}")
     last = checkpoint.latest(folder)
     if last is None and (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    prompts = _prompts(given.pop("prompt", None), given.pop("prompts", None))
     tokenizers = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
     tokenizer = data.load_tokenizer(next((path for path in tokenizers if path.exists()), tokenizers[0]))
     model = GPT.from_pretrained(last or folder)
-    sampling = {"temperature": TEMPERATURE, "do_sample": not given.pop("greedy", False), "seed": torch.seed()}
-    _print_text(model, tokenizer, **{"prompt": "", **sampling, **given})
+    ignore_eos, greedy = given.pop("ignore_eos", False), given.pop("greedy", False) or given.get("num_beams", 1) > 1
+    eos = None if ignore_eos else tokenizer.token_to_id(EOS_TOKEN)
+    options = {"temperature": TEMPERATURE, "do_sample": not greedy, "seed": torch.seed(), "eos_token_id": eos, **given}
+    several = options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1
+    asked = [(prompt, _ids(model, tokenizer, prompt, options.get("max_new_tokens"))) for prompt in prompts]
+    for n, (prompt, ids) in enumerate(asked):
+        if n and not as_json:
+            print()
+        if as_json or several:
+            for text in _texts(model, tokenizer, ids, **options):
+                print(json.dumps({"prompt": prompt} | text, ensure_ascii=False) if as_json else prompt + text["text"])
+            sys.stdout.flush()
+        else:
+            _print_text(model, tokenizer, prompt, ids, **options)
     return 0
 
 
@@ -235,27 +261,106 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / 'config.json'} is not the configuration of a run") from None
 
 
-def _print_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None, **options: Any
-) -> None:
-    """Print the prompt and, as it comes, what the model adds to it. A character is printed when all of it is there."""
+def _prompts(prompt: str | None, file: str | None) -> list[str]:
+    if file is None:
+        return [prompt or ""]
+    if prompt is not None:
+        raise ValueError("--prompt and --prompts exclude each other")
+    lines = (sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")).splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if file.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+                if not isinstance(line, str):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f'{file}: line {number} must be {{"prompt": a text}}') from None
+        prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{file} has no prompts")
+    return prompts
+
+
+def _ids(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None) -> list[int]:
+    """A prompt's tokens, for which there is room."""
     ids = tokenizer.encode(prompt).ids
     start = tokenizer.token_to_id(EOS_TOKEN)
     ids = ids if start is None else [start, *ids]  # in training it is what comes before a document
     if not ids:
         raise ValueError("a model without an end-of-text token needs a prompt")
-    room = model.config.max_seq_len - len(ids)
-    max_new_tokens = max(1, min(NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
-    tokens = model.stream(torch.tensor([ids]), max_new_tokens, **options)  # raises before anything is printed
-    print(prompt, end="", flush=True)
-    new, shown = [], 0
+    longest = model.config.max_seq_len
+    if len(ids) >= longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model's context only {longest}, new ones included")
+    if max_new_tokens is not None and len(ids) + max_new_tokens > longest:
+        got = f"{len(ids)} and {max_new_tokens}"
+        raise ValueError(f"prompt and new tokens must fit max_seq_len = {longest}, got {got}")
+    return ids
+
+
+def _room(model: GPT, ids: list[int]) -> int:
+    return min(NEW_TOKENS, model.config.max_seq_len - len(ids))
+
+
+def _pieces(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str], last: int) -> Iterator[str]:
+    """The text of tokens, as they come: whole characters, up to a text that ends it; of `last` tokens at most."""
+    new: list[int] = []
+    shown = 0
     for token in tokens:
-        new.append(int(token))
+        new.append(token)
         text = tokenizer.decode(new, skip_special_tokens=False)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(new) == max_new_tokens:
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
+        ends = [text.index(each) for each in stop if each in text]
+        if ends:
+            yield text[shown : min(ends)]
+            return
+        # What may yet become another character, or the beginning of what ends the text, waits.
+        whole = len(text) if len(new) == last else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        begun = [n for each in stop for n in range(1, len(each)) if text.endswith(each[:n])]
+        until = max(shown, min(whole, len(text) - (max(begun, default=0) if len(new) < last else 0)))
+        if until > shown:
+            yield text[shown:until]
+            shown = until
+    if shown < len(text := tokenizer.decode(new, skip_special_tokens=False)):
+        yield text[shown:]
+
+
+def _print_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    ids: list[int],
+    max_new_tokens: int | None = None,
+    eos_token_id: int | None = None,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Print the prompt and, as it comes, what the model adds to it."""
+    most = _room(model, ids) if max_new_tokens is None else max_new_tokens
+    tokens = model.stream(torch.tensor([ids]), most, eos_token_id=eos_token_id, **options)  # raises before it prints
+    print(prompt, end="", flush=True)
+    new = itertools.takewhile(lambda token: token != eos_token_id, map(int, tokens))
+    for piece in _pieces(new, tokenizer, stop, most):
+        print(piece, end="", flush=True)
     print()
+
+
+def _texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int | None = None,
+    eos_token_id: int | None = None,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """What the model adds to a prompt, and why it ends: the document has ended, a stop text, or its length."""
+    most = _room(model, ids) if max_new_tokens is None else max_new_tokens
+    for row in model.generate(torch.tensor([ids]), most, eos_token_id=eos_token_id, **options).tolist():
+        new = list(itertools.takewhile(lambda token: token != eos_token_id, row[len(ids) :]))
+        text = tokenizer.decode(new, skip_special_tokens=False)
+        cut = "".join(_pieces(new, tokenizer, stop, len(new)))
+        finish = "stop" if cut != text else "length" if len(new) == most else "end"
+        yield {"text": cut, "finish": finish}
 
 
 def _tell(line: str) -> None:

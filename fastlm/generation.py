@@ -20,9 +20,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -297,6 +297,7 @@ class Decoder:
             # Where a key is in its sequence: there is no telling from its place.
             self.positions = torch.arange(T, device=device).repeat(B, 1)
 
+    @torch.inference_mode()
     def start(self) -> Tensor:
         """(B, V) logits of the first new token."""
 
@@ -309,6 +310,7 @@ class Decoder:
         last = (self.lengths.long() - 1)[:, None, None].expand(-1, 1, hidden_BTC.shape[2])
         return self.model.logits(hidden_BTC.gather(1, last)[:, 0])
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """(B * N, V) logits after one token more.
 
@@ -316,47 +318,53 @@ class Decoder:
             tokens: (B, N) of each sequence.
             parents: (B, N) which sequence of its prompt each goes on from; None: itself.
         """
-        attend = self._attend_alone if self.sequences == 1 else self._attend_together
+        first, stop = self.filled, self.filled + self.sequences
         if self.sequences > 1:
             if parents is not None:
                 self.sees = self.sees.gather(1, parents[..., None].expand_as(self.sees))
-            self.sees[:, :, self.filled : self.filled + self.sequences] = self.own
-            self.mask = self._mask()
+            self.sees[:, :, first:stop] = self.own
+            mask = self._mask(stop)
         positions = self.lengths.repeat_interleave(self.sequences)[:, None].long()
         self.lengths += 1
+        self.filled = stop
+        lengths = self.lengths if self.padded or self.slopes is not None else None
+        # Of every layer, here: an index costs more than what it names.
+        keys, values = self.keys[..., :stop, :].unbind(0), self.values[..., :stop, :].unbind(0)
+        if self.padded and self.sequences == 1:
+            each = (torch.arange(len(tokens), device=tokens.device), slice(None), positions[:, 0])
+        else:
+            new_keys, new_values = self.keys[..., first:stop, :].unbind(0), self.values[..., first:stop, :].unbind(0)
+
+        def alone(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """q, k, v (B, H, 1, D)."""
+            if self.padded:
+                keys[layer][each], values[layer][each] = k[:, :, 0], v[:, :, 0]
+            else:
+                new_keys[layer].copy_(k)
+                new_values[layer].copy_(v)
+            return F.scaled_dot_product_attention(
+                q, keys[layer], values[layer], alibi_slopes=self.slopes, key_lengths=lengths
+            )
+
+        def together(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """q, k, v (B * N, H, 1, D): a prompt's sequences are the queries of one attention."""
+            q, k, v = (x[:, :, 0].unflatten(0, (-1, self.sequences)).transpose(1, 2) for x in (q, k, v))
+            new_keys[layer].copy_(k)
+            new_values[layer].copy_(v)
+            y_BHND = F.scaled_dot_product_attention(q, keys[layer], values[layer], mask)
+            return y_BHND.transpose(1, 2).flatten(0, 1)[:, :, None]
+
+        attend = alone if self.sequences == 1 else together
         hidden = self._run(self.steps_model, tokens.reshape(-1, 1), positions, attend)
-        self.filled += self.sequences
         return self.steps_model.logits(hidden[:, 0])
 
-    def _run(self, model: GPT, ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
+    def _run(self, model: GPT, ids: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         with _without_dropout(model):
             return model.run(ids, positions, [functools.partial(attend, layer) for layer in range(self.layers)])
 
-    def _attend_alone(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, H, 1, D)."""
-        keys, values, at = self.keys[layer], self.values[layer], self.filled
-        if self.padded:
-            where = (torch.arange(len(q), device=q.device), slice(None), self.lengths.long() - 1)
-            keys[where], values[where] = k[:, :, 0], v[:, :, 0]
-        else:
-            keys[:, :, at], values[:, :, at] = k[:, :, 0], v[:, :, 0]
-        lengths = self.lengths if self.padded or self.slopes is not None else None
-        return F.scaled_dot_product_attention(
-            q, keys[:, :, : at + 1], values[:, :, : at + 1], alibi_slopes=self.slopes, key_lengths=lengths
-        )
-
-    def _attend_together(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B * N, H, 1, D): a prompt's sequences are the queries of one attention."""
-        stop = self.filled + self.sequences
-        q, k, v = (x[:, :, 0].unflatten(0, (-1, self.sequences)).transpose(1, 2) for x in (q, k, v))
-        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-        keys[:, :, self.filled :], values[:, :, self.filled :] = k, v
-        y_BHND = F.scaled_dot_product_attention(q, keys, values, self.mask)
-        return y_BHND.transpose(1, 2).flatten(0, 1)[:, :, None]
-
-    def _mask(self) -> Tensor:
-        """(B, 1, N, S) which keys are seen; with ALiBi (B, H, N, S) by how much."""
-        sees = self.sees[:, None, :, : self.filled + self.sequences]
+    def _mask(self, stop: int) -> Tensor:
+        """(B, 1, N, S) which keys before `stop` are seen; with ALiBi (B, H, N, S) by how much."""
+        sees = self.sees[:, None, :, :stop]
         if self.slopes is None:
             return sees
         now = self.lengths[:, None].expand(-1, self.sequences)

@@ -50,7 +50,7 @@ if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which t
 @pytest.fixture(autouse=True)
 def own_state():
     setters, order = list(registry._setters), {name: op.auto for name, op in registry.OPS.items()}
-    backends = {name: (dict(op.backends), dict(op._calls)) for name, op in registry.OPS.items()}
+    backends = {name: (dict(op.backends), dict(op.calls)) for name, op in registry.OPS.items()}
     state = torch.get_rng_state()
     torch.manual_seed(0)
     yield
@@ -61,5 +61,5 @@ def own_state():
     registry._state.names = None
     for name, op in registry.OPS.items():
         op.auto = order[name]
-        op.backends, op._calls = backends[name]
+        op.backends, op.calls = backends[name]
         op._chosen.clear()

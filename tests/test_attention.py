@@ -296,12 +296,14 @@ def test_kernels_come_first_for_what_torch_lacks_or_makes_a_mask_for(name):
         assert attention._first("scaled_dot_product_attention", inputs_on("cpu", **options)) == cpu
 
 
-def test_with_a_cache_its_size_decides_on_a_cpu(monkeypatch):
+def test_with_a_cache_or_one_query_the_keys_decide_on_a_cpu(monkeypatch):
     monkeypatch.setattr(attention, "fastest", lambda op, tensor: f"{op}: {tensor.numel()}")
     cache = {"key": torch.empty(2, 4, 32, 16), "key_lengths": torch.ones(2)}
     name = "scaled_dot_product_attention"
     assert attention._first(name, inputs_on("meta", **cache | {"key": inputs_on("meta").key})) == "triton"
     assert attention._first(name, inputs_on("cpu", **cache)) == f"{name} with key_lengths: 4096"
+    one = {"query": torch.empty(2, 4, 1, 16), "key": cache["key"]}
+    assert attention._first(name, inputs_on("cpu", **one)) == f"{name} of one query: 4096"
     assert attention._first(name, inputs_on("cpu")) == f"{name}: 1024"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from fastlm import cli
 from fastlm.models import GPT
@@ -165,7 +167,15 @@ def test_resuming_takes_every_setting_from_the_run(home, capsys):
         ("train --resume --out nowhere", "there is no run to resume in nowhere"),
         ("generate nope", "no such run or model: nope"),
         ("generate corpus", "data: no tokenizer at corpus/tokenizer.json"),
-        ("generate runs/done --max-new-tokens 64", ".*must fit max_seq_len = 64, got 1 and 64"),
+        ("generate runs/done --max-new-tokens 64", "prompt and new tokens must fit max_seq_len = 64, got 1 and 64"),
+        ("generate runs/done --max-new-tokens 0", "generate: max_new_tokens must be at least 1, got 0"),
+        ("generate runs/done --prompt " + "x." * 70, "the prompt has 141 tokens, the model's context only 64, .*"),
+        ("generate runs/done --prompt a --prompts b", "--prompt and --prompts exclude each other"),
+        ("generate runs/done --prompts nope.txt", ".*No such file or directory: 'nope.txt'"),
+        ("generate runs/done --prompts asked/empty.txt", "asked/empty.txt has no prompts"),
+        ("generate runs/done --prompts asked/bad.jsonl", 'asked/bad.jsonl: line 2 must be {"prompt": a text}'),
+        ("generate runs/done --quantize int4", "--quantize: invalid choice: 'int4' .*"),
+        ("generate runs/done --num-beams 2 --num-return-sequences 3", ".*num_return_sequences must be at most .*"),
         ("generate runs/done --top-p 2", ".*top_p must be above 0 and at most 1, got 2.0"),
         ("generate", "the following arguments are required: RUN_OR_DIR"),
         ("trian", r"unknown command 'trian'; did you mean train\?"),
@@ -175,6 +185,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(home, capsys, arguments, messa
     (home / "empty").mkdir(exist_ok=True)
     (home / "small").mkdir(exist_ok=True)
     (home / "small/a.txt").write_text("a")
+    (home / "asked").mkdir(exist_ok=True)
+    (home / "asked/empty.txt").touch()
+    (home / "asked/bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     before = sorted(home.rglob("*"))
     assert re.fullmatch(message, fails(capsys, *arguments.split()))
     assert sorted(home.rglob("*")) == before
@@ -219,7 +232,6 @@ def test_generate_without_a_seed_draws_anew_in_every_process(home):
     command = [sys.executable, "-m", "fastlm.cli", "generate", "runs/done"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     one, two = (process.communicate(timeout=120)[0] for process in processes)
-    assert len(one) > 20
     assert one != two
 
 
@@ -241,13 +253,74 @@ def test_generate_loads_a_folder_with_a_model_too(home, capsys, tmp_path):
     assert outs == outs[: len(outs) // 3] * 3
 
 
+def generated(capsys, *arguments):
+    capsys.readouterr()
+    assert cli.main(["generate", "runs/done", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_prompts_of_a_file_go_on_one_after_the_other(home, capsys, monkeypatch):
+    (home / "prompts.txt").write_text("alpha\nbeta 行\n")
+    (home / "prompts.jsonl").write_text('{"prompt": "alpha"}\n{"prompt": "beta 行"}\n')
+    options = ["--greedy", "--ignore-eos", "--max-new-tokens", "6"]
+    alone = [generated(capsys, "--prompt", prompt, *options) for prompt in ("alpha", "beta 行")]
+    assert generated(capsys, "--prompts", "prompts.txt", *options) == "\n".join(alone)
+    assert generated(capsys, "--prompts", "prompts.jsonl", *options) == "\n".join(alone)
+    monkeypatch.setattr("sys.stdin", io.StringIO("alpha\nbeta 行"))
+    assert generated(capsys, "--prompts", "-", *options) == "\n".join(alone)
+    lines = [
+        json.loads(line) for line in generated(capsys, "--prompts", "prompts.txt", "--json", *options).splitlines()
+    ]
+    assert [line["prompt"] + line["text"] + "\n" for line in lines] == alone
+    assert [line["finish"] for line in lines] == ["length", "length"]
+
+
+def test_a_stop_text_ends_the_text_before_it(home, capsys):
+    options = ["--prompt", "def", "--greedy", "--ignore-eos", "--max-new-tokens", "12"]
+    text = generated(capsys, *options)[:-1]
+    assert len(text) > 8
+    stop = text[6:8]
+    expected = text[: text.index(stop, 3)]
+    assert generated(capsys, *options, "--stop", stop) == expected + "\n"
+    assert generated(capsys, *options, "--stop", "\0", "--stop", stop) == expected + "\n"
+    assert generated(capsys, *options, "--stop", stop + "\0") == text + "\n"  # which only begins
+    line = json.loads(generated(capsys, *options, "--stop", stop, "--json"))
+    assert line == {"prompt": "def", "text": expected[3:], "finish": "stop"}
+
+
+def test_the_end_of_the_document_ends_the_text(home, capsys, monkeypatch):
+    tokenizer = cli.data.load_tokenizer(home / "runs/done/tokenizer.json")
+    eos = tokenizer.token_to_id(cli.EOS_TOKEN)
+    spelled = [*tokenizer.encode("one").ids, eos, *tokenizer.encode("two").ids]
+
+    def logits(self, hidden):
+        self.turn = getattr(self, "turn", -1) + 1
+        return torch.nn.functional.one_hot(torch.tensor([spelled[self.turn % len(spelled)]]), 300).float()
+
+    monkeypatch.setattr(GPT, "logits", logits)
+    options = ["--greedy", "--max-new-tokens", str(len(spelled))]
+    assert generated(capsys, *options) == "one\n"
+    assert generated(capsys, *options, "--ignore-eos") == f"one{cli.EOS_TOKEN}two\n"
+    assert json.loads(generated(capsys, *options, "--json")) == {"prompt": "", "text": "one", "finish": "end"}
+
+
+def test_beams_and_several_texts_and_int8(home, capsys):
+    options = ["--prompt", "x", "--max-new-tokens", "5", "--num-return-sequences", "3", "--json"]
+    beams = generated(capsys, *options, "--num-beams", "3", "--length-penalty", "0.5").splitlines()
+    drawn = generated(capsys, *options, "--repetition-penalty", "1.2", "--seed", "1").splitlines()
+    assert len(beams) == len(drawn) == 3
+    assert len(set(beams)) == len(set(drawn)) == 3
+    assert generated(capsys, "--prompt", "x", "--max-new-tokens", "5", "--num-beams", "3").startswith("x")
+    assert generated(capsys, "--prompt", "x", "--greedy", "--quantize", "int8").startswith("x")
+
+
 def test_text_is_printed_in_whole_characters_only(home, capsys):
     class Spelling:
         """A model that spells the bytes of one word."""
 
         config = type("Config", (), {"max_seq_len": 64})
 
-        def stream(self, input_ids, max_new_tokens):
+        def stream(self, input_ids, max_new_tokens, **_):
             yield from tokenizer.encode("é行").ids[:max_new_tokens]
 
     tokenizer = cli.data.load_tokenizer(home / "runs/done/tokenizer.json")
@@ -258,7 +331,7 @@ def test_text_is_printed_in_whole_characters_only(home, capsys):
         sys.stdout = type(
             "Recorder", (), {"write": lambda self, text: writes.append(text), "flush": lambda self: None}
         )()
-        cli._print_text(Spelling(), tokenizer, "", None)
+        cli._print_text(Spelling(), tokenizer, "", [0])
     finally:
         sys.stdout = stdout
     assert "".join(writes) == "é行\n"

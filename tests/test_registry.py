@@ -732,5 +732,5 @@ def test_the_table_of_measurements_names_ops_dtypes_and_backends_that_exist():
         for op, dtypes in ops.items():
             for dtype, (backend, elements) in dtypes.items():
                 assert isinstance(getattr(torch, dtype), torch.dtype)
-                assert backend in OPS[op.removesuffix(" with key_lengths")].backends
+                assert backend in OPS[op.split()[0]].backends
                 assert elements >= 0

@@ -61,7 +61,7 @@ def same(name: str) -> Theirs:
 
 def transposed(name: str) -> Theirs:
     """Of a layer whose weight is (in, out)."""
-    return Theirs((name,), lambda _, theirs: theirs[0].t(), lambda _, ours: [ours.t()])
+    return Theirs((name,), lambda _, theirs: theirs[0].t().contiguous(), lambda _, ours: [ours.t()])
 
 
 def joined(*names: str) -> Theirs:

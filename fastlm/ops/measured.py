@@ -2,8 +2,8 @@
 
 The table is measured.json: class of device -> op -> dtype -> [backend, elements of the first input from which on]. The
 class of a CPU is "cpu" and what torch makes of it ("cpu AVX512"), of a GPU its name. What is not in the table has not
-been measured, and is left to the order of the op. Attention with key_lengths goes by the elements of the cache, the
-linear layer by those of the weight, for few rows.
+been measured, and is left to the order of the op. Attention with key_lengths, or of one query, goes by the elements of
+the keys, the linear layer by those of the weight, for few rows.
 `benchmarks/bench_layer_norm.py --sizes` and `bench_cross_entropy.py --sizes` are how they got there.
 """
 

@@ -145,7 +145,7 @@ class Op:
         self.key, self.in_place = key, in_place
         self.backends: dict[str, Backend] = {}
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._calls: dict[str, Callable[..., Any]] = {}
+        self.calls: dict[str, Callable[..., Any]] = {}
         self.fwd = _define(f"{name}_fwd{fwd}", self._run_fwd, fake_fwd)
         self.bwd = _define(f"{name}_bwd{bwd}", self._run_bwd, self._fake_bwd)
         self.function = _autograd_function(self)
@@ -181,9 +181,21 @@ class Op:
             self._chosen[key] = call
         return call
 
-    def left_to_native(self) -> bool:
-        """Whether "auto" decides, and prefers torch's own op unless a measurement speaks against it."""
-        return preference() == ("auto",) and self.auto[0] == "native" and not _state.explaining
+    def auto_alone(self) -> bool:
+        """Whether only a measurement stands between a plain call and torch's own op.
+
+        That is so where "auto" decides, torch's op comes first, and neither a compiler nor a transform is under way. A
+        public function may then ask `fastest` and call what it says without the way through `choose`, which takes
+        longer than a small kernel.
+        """
+        return (
+            preference() == ("auto",)
+            and self.auto[0] == "native"
+            and not _state.explaining
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+        )
 
     def _expand(self, names: tuple[str, ...], inputs: Any) -> Sequence[str]:
         if names == ("auto",):
@@ -209,7 +221,7 @@ class Op:
         if backend.call is not None:
             return [], backend.call
         if not plain:
-            return [], self._calls[name]
+            return [], self.calls[name]
         return ([], self.composite) if name == "reference" else (plain, None)
 
     def _beyond_op(self, inputs: Any) -> list[str]:
@@ -352,7 +364,7 @@ class Op:
         if before is not None and before not in self.auto:
             raise ValueError(f"{self.name}: before must be one of {', '.join(self.auto)}, got {before!r}")
         self.backends[backend.name] = backend
-        self._calls[backend.name] = self._through_function(backend.name)
+        self.calls[backend.name] = self._through_function(backend.name)
         self._chosen.clear()
         if before is not None:
             order = [name for name in self.auto if name != backend.name or name == before]

@@ -124,6 +124,10 @@ def scaled_dot_product_attention(
     ):
         left = right = -1
         scale = query.shape[3] ** -0.5 if scale is None else scale
+        if query.is_cpu and SCALED_DOT_PRODUCT_ATTENTION.auto_alone() and not _fastest(op, query, key):
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, None, dropout_p, is_causal, scale=scale
+            )
     else:
         left, right, dropout_p, scale, softcap = _check_options(
             op, (query, key, value), dropout_p, is_causal, scale, window, softcap
@@ -494,7 +498,11 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
         return "cpu"
     if getattr(inputs, "key_lengths", None) is not None:
         return fastest(f"{op} with key_lengths", inputs.key)
-    return fastest(op, inputs.query)
+    return fastest(op, inputs.query) if packed else _fastest(op, inputs.query, inputs.key)
+
+
+def _fastest(op: str, query: Tensor, key: Tensor) -> str:
+    return fastest(f"{op} of one query", key) if query.shape[-2] == 1 else fastest(op, query)
 
 
 def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:

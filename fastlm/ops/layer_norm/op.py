@@ -16,6 +16,7 @@ from fastlm.ops import rows
 from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor, fits
 from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
 from fastlm.ops.layer_norm import launch, reference
+from fastlm.ops.measured import fastest
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 Shape = Sequence[int]
@@ -150,6 +151,16 @@ def add_layer_norm(
     input, residual, p = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
     eps = check_number("add_layer_norm", "eps", eps)
     p = p if training else 0.0
+    if (
+        not p
+        and input.is_cpu
+        and input.dtype == residual.dtype
+        and ADD_LAYER_NORM.auto_alone()
+        and not fastest("add_layer_norm", input)
+        and fits(input, normalized_shape, weight, bias)
+    ):
+        new_residual = residual + input
+        return torch.nn.functional.layer_norm(new_residual, normalized_shape, weight, bias, eps), new_residual
     inputs = AddLayerNormInputs(input, residual, normalized_shape, weight, bias, eps, p, None)
     return ADD_LAYER_NORM.choose(inputs)(*inputs)
 

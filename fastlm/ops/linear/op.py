@@ -57,11 +57,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_
         and input.device == weight.device
         and (bias is None or (type(bias) in TENSORS and bias.dtype == input.dtype and bias.device == input.device))
     )
-    if usual and LINEAR.left_to_native():
-        ours = not torch.compiler.is_compiling() and _few_rows(input, weight) and fastest("linear", weight)
-        if not ours:
-            return torch.nn.functional.linear(input, weight, bias)
     autocast = torch._C._is_any_autocast_enabled()
+    if usual and LINEAR.auto_alone():
+        if autocast or not _few_rows(input, weight) or not fastest("linear", weight):
+            return torch.nn.functional.linear(input, weight, bias)
+        if (bias is None or bias.shape == weight.shape[:1]) and not CPU.missing():
+            return LINEAR.calls["cpu"](input, weight, bias, None)
     if not usual:
         _check(input, weight, bias, weight_scale, autocast)
     inputs = LinearInputs(input, weight, bias, weight_scale)
@@ -88,7 +89,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         scale = torch.linalg.vector_norm(weight, torch.inf, 1, dtype=wide) / 127
         rounded = (weight / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-127, 127)
-        return rounded.to(torch.int8), scale
+        return rounded.to(torch.int8).contiguous(), scale
 
 
 def _check(input: Any, weight: Any, bias: Any, weight_scale: Any, autocast: bool) -> None:
