@@ -7,6 +7,7 @@
 #include "common/bind.h"
 #include "common/cpu_target.h"
 #include "cross_entropy/cross_entropy.h"
+#include "generation/step.h"
 #include "layer_norm/layer_norm.h"
 #include "linear/linear.h"
 
@@ -66,6 +67,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPES") = dtypes;
   m.attr("CPU_TARGETS") = cpu_targets;  // variants of the CPU kernels that this processor runs, the best one last
 
+  m.def("run_all", &fastlm::run_all, "Make the launches of a list, each given by a `_later` function, in order.");
+  fastlm::bind<&fastlm::cache_write_cpu>(m, "cache_write_cpu");
+  fastlm::bind<&fastlm::activation_cpu>(m, "activation_cpu");
   fastlm::bind<&fastlm::attention_fwd_cpu>(m, "attention_fwd_cpu");
   fastlm::bind<&fastlm::attention_bwd_cpu>(m, "attention_bwd_cpu");
   fastlm::bind<&fastlm::layer_norm_fwd_cpu>(m, "layer_norm_fwd_cpu");

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm.functional as F
+from fastlm import recorded
 from fastlm.ops.linear.op import quantize as quantize_weight
 
 if TYPE_CHECKING:
@@ -296,6 +297,18 @@ class Decoder:
             self.own = torch.eye(sequences, dtype=torch.bool, device=device)
             # Where a key is in its sequence: there is no telling from its place.
             self.positions = torch.arange(T, device=device).repeat(B, 1)
+            biased = self.slopes is not None
+            self.mask = cache.new_empty((B, heads, sequences, places)) if biased else self.sees[:, None]
+        self.recorded: recorded.RecordedStep | None = None
+        if recorded.serves(self.steps_model, B * sequences):
+            self.places = torch.zeros(B * sequences, dtype=torch.int64)
+            self.ends = (
+                self.lengths if sequences == 1 else torch.zeros_like(self.lengths)
+            )  # of the keys that are filled
+            self.recorded = recorded.RecordedStep(
+                self.steps_model, self.keys, self.values, self.places, self.ends,
+                None if sequences == 1 else self.mask, self.slopes if sequences == 1 else None,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def start(self) -> Tensor:
@@ -312,7 +325,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
-        """(B * N, V) logits after one token more.
+        """(B * N, V) logits after one token more, which the next step may overwrite.
 
         Args:
             tokens: (B, N) of each sequence.
@@ -321,12 +334,21 @@ class Decoder:
         first, stop = self.filled, self.filled + self.sequences
         if self.sequences > 1:
             if parents is not None:
-                self.sees = self.sees.gather(1, parents[..., None].expand_as(self.sees))
+                self.sees.copy_(self.sees.gather(1, parents[..., None].expand_as(self.sees)))
             self.sees[:, :, first:stop] = self.own
-            mask = self._mask(stop)
+            if self.slopes is not None:
+                self._bias(stop)
         positions = self.lengths.repeat_interleave(self.sequences)[:, None].long()
         self.lengths += 1
         self.filled = stop
+        if self.recorded is not None:
+            if self.sequences == 1:
+                self.places.copy_(positions[:, 0])
+            else:
+                self.places.copy_(torch.arange(first, stop).repeat(len(tokens)))
+                self.ends.fill_(stop)
+            with _without_dropout(self.steps_model):
+                return self.recorded(self.steps_model.embed(tokens.reshape(-1, 1), positions)[:, 0])
         lengths = self.lengths if self.padded or self.slopes is not None else None
         # Of every layer, here: an index costs more than what it names.
         keys, values = self.keys[..., :stop, :].unbind(0), self.values[..., :stop, :].unbind(0)
@@ -351,7 +373,7 @@ class Decoder:
             q, k, v = (x[:, :, 0].unflatten(0, (-1, self.sequences)).transpose(1, 2) for x in (q, k, v))
             new_keys[layer].copy_(k)
             new_values[layer].copy_(v)
-            y_BHND = F.scaled_dot_product_attention(q, keys[layer], values[layer], mask)
+            y_BHND = F.scaled_dot_product_attention(q, keys[layer], values[layer], self.mask[..., :stop])
             return y_BHND.transpose(1, 2).flatten(0, 1)[:, :, None]
 
         attend = alone if self.sequences == 1 else together
@@ -362,16 +384,14 @@ class Decoder:
         with _without_dropout(model):
             return model.run(ids, positions, [functools.partial(attend, layer) for layer in range(self.layers)])
 
-    def _mask(self, stop: int) -> Tensor:
-        """(B, 1, N, S) which keys before `stop` are seen; with ALiBi (B, H, N, S) by how much."""
-        sees = self.sees[:, None, :, :stop]
-        if self.slopes is None:
-            return sees
+    def _bias(self, stop: int) -> None:
+        """Fills the mask: by how much keys before `stop` are seen."""
+        assert self.slopes is not None
         now = self.lengths[:, None].expand(-1, self.sequences)
         self.positions = torch.cat((self.positions, now), 1)
         distances = (now[:, None, :, None] - self.positions[:, None, None]).abs()
         bias = -self.slopes[:, None, None] * distances
-        return bias.masked_fill(~sees, -torch.inf).to(self.keys.dtype)
+        self.mask[..., :stop] = bias.masked_fill(~self.sees[:, None, :, :stop], -torch.inf)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 
+import fastlm
 from fastlm import cli
 from fastlm.models import GPT
 from fastlm.train import checkpoint
@@ -299,9 +300,10 @@ def test_the_end_of_the_document_ends_the_text(home, capsys, monkeypatch):
 
     monkeypatch.setattr(GPT, "logits", logits)
     options = ["--greedy", "--max-new-tokens", str(len(spelled))]
-    assert generated(capsys, *options) == "one\n"
-    assert generated(capsys, *options, "--ignore-eos") == f"one{cli.EOS_TOKEN}two\n"
-    assert json.loads(generated(capsys, *options, "--json")) == {"prompt": "", "text": "one", "finish": "end"}
+    with fastlm.use_backend("native"):  # where the logits are what that method gives
+        assert generated(capsys, *options) == "one\n"
+        assert generated(capsys, *options, "--ignore-eos") == f"one{cli.EOS_TOKEN}two\n"
+        assert json.loads(generated(capsys, *options, "--json")) == {"prompt": "", "text": "one", "finish": "end"}
 
 
 def test_beams_and_several_texts_and_int8(home, capsys):

@@ -7,9 +7,14 @@ import functools
 
 import pytest
 import torch
+from errors import assert_within_rule
 
+import fastlm
 from fastlm.generation import Decoder, next_token_probabilities, quantized
 from fastlm.models import GPT, GPTConfig
+from fastlm.ops import compiled
+from fastlm.ops.linear import op as linear
+from fastlm.ops.measured import fastest
 
 V = 37
 
@@ -47,8 +52,9 @@ def test_the_stream_computes_no_further_than_it_is_read(model, monkeypatch):
     calls = []
     run = model.run
     monkeypatch.setattr(model, "run", lambda *args: calls.append(1) or run(*args))
-    stream = model.stream(prompts(), 10)
-    next(stream), next(stream)
+    with fastlm.use_backend("native"):  # where every token is a run of the modules
+        stream = model.stream(prompts(), 10)
+        next(stream), next(stream)
     assert len(calls) == 2
 
 
@@ -205,13 +211,85 @@ def test_int8_generates_what_a_model_of_the_rounded_weights_does(tied, dtype):
 
 def greedy_from(model, small, ids, steps):
     """The prompts by way of the model, what follows by way of the small one."""
-    decoder = Decoder(model, ids[:, :-1], None, 1, steps + 1, False)
-    with torch.no_grad():
+    with torch.no_grad(), fastlm.use_backend("native"):
+        decoder = Decoder(model, ids[:, :-1], None, 1, steps + 1, False)
         decoder.start()
         decoder.steps_model = small
         for _ in range(steps):
             ids = torch.cat((ids, decoder.step(ids[:, -1:]).argmax(-1, keepdim=True)), 1)
     return ids
+
+
+RECORDED = pytest.mark.skipif(
+    bool(compiled.cpu_missing()) or not fastest("linear of a whole step", torch.empty(1)),
+    reason="steps are recorded where that has been measured to be faster",
+)
+
+
+@RECORDED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("position", ["learned", "alibi"])
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_recorded_steps_are_the_modules_own(sequences, position, activation, dtype):
+    torch.manual_seed(3)
+    options = {"position": position, "activation": activation, "tie_embeddings": position == "alibi"}
+    options |= {"embedding_norm": position == "alibi", "ffn_size": 50}
+    config = GPTConfig(vocab_size=V, max_seq_len=64, hidden_size=36, num_layers=3, num_heads=3, **options)
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model = model.to(dtype)
+    ids, mask = prompts(3, 20), torch.ones(3, 20, dtype=torch.int64)
+    mask[1, :2] = mask[2, :5] = 0
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), fastlm.use_backend("native"):
+        others = [Decoder(each, ids, mask, sequences, 6, False) for each in (model, exact)]
+        starts = [decoder.start() for decoder in others]
+    with torch.no_grad():
+        ours = Decoder(model, ids, mask, sequences, 6, False)
+        assert ours.recorded is not None
+        assert all(decoder.recorded is None for decoder in others)
+        assert_within_rule(ours.start(), *starts)
+        for step in range(6):
+            tokens = torch.randint(V, (3, sequences))
+            parents = torch.randint(sequences, (3, sequences)) if step % 2 else None
+            with fastlm.use_backend("native"):
+                torchs, true = (decoder.step(tokens, parents) for decoder in others)
+            logits = ours.step(tokens, parents)
+            # What is rounded to 16 bits in another order does not come out twice as near, nor half.
+            assert (logits.double() - true).abs().max() <= 3 * (
+                torchs.double() - true
+            ).abs().max() + 1e-6 * true.abs().max()
+
+
+@RECORDED
+def test_steps_are_recorded_only_where_nothing_is_lost(model):
+    def recorded(model, rows=3):
+        return Decoder(model, prompts(rows), None, 1, 3, False).recorded is not None
+
+    assert recorded(model)
+    assert recorded(quantized(model))
+    assert not recorded(model, linear.FEW_ROWS + 1)
+    with fastlm.use_backend("reference"):
+        assert not recorded(model)
+    assert not recorded(copy.deepcopy(model).double())
+
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    changed = [copy.deepcopy(model) for _ in range(4)]
+    changed[0].blocks[0].ffn_up.register_forward_hook(lambda *_: None)
+    changed[1].blocks[1].register_forward_pre_hook(lambda *_: None)
+    changed[2].blocks[0].ffn_up = Louder(16, 64)
+    weight = changed[3].blocks[0].ffn_up.weight
+    weight.data = weight.data.T.contiguous().T
+    for each in changed:
+        assert not recorded(each)
+        with torch.no_grad():
+            ids = greedy(each, prompts(), 4)
+        assert torch.equal(each.generate(prompts(), 4), ids)
 
 
 def test_int8_refuses_weights_that_are_not_finite(model):

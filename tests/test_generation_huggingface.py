@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_huggingface import CAUSAL, causal
 
+import fastlm
 from fastlm.generation import Decoder, _Options
 from fastlm.models import GPT
 
@@ -18,10 +19,17 @@ ENDS = {"none": None, "one": [7], "several": [7, 11, 30, 31]}
 
 
 @pytest.fixture(scope="module", params=CAUSAL)
-def models(request):
+def both_models(request):
     theirs = causal(request.param).float()  # BLOOM's padding in float64 is NaN to theirs
     theirs.generation_config = transformers.GenerationConfig()
     return theirs, GPT.from_pretrained(theirs)
+
+
+@pytest.fixture(params=["auto", "native"])
+def models(request, both_models):
+    """Steps recorded, where they are, and as runs of the modules."""
+    with fastlm.use_backend(request.param):
+        yield both_models
 
 
 def prompts(B, T, seed=2, padded=True):

@@ -79,6 +79,17 @@ def test_int8_takes_rows_of_any_size(backend, scale, dtype):
         assert_within_rule(ours, theirs, true)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", VARIANTS)
+def test_int8_takes_the_largest_of_a_row_whatever_it_is(backend, dtype):
+    x = normal(3000, 64).to(dtype)
+    weight, scale = torch.eye(64, dtype=torch.int8), torch.ones(64)
+    with fastlm.use_backend(backend):
+        y = F.linear(x, weight, weight_scale=scale)
+    most = x.float().abs().amax(1, keepdim=True)
+    assert ((y.float() - x.float()).abs() <= most * (2.0**-22 if dtype == torch.float32 else 2.0**-8)).all()
+
+
 def test_a_row_that_is_not_finite_leaves_the_others_as_they_are():
     given = arguments(3, 130, 9, torch.float32, True)
     with fastlm.use_backend("cpu"):

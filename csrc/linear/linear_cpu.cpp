@@ -234,7 +234,7 @@ class MultiplyBytes {
     });
     const float top = largest<float>(most);
     if (!finite || (top != 0 && !(1e-30f < top && top < 1e30f))) return false;
-    constexpr int32_t kMost = (1 << (8 * kBytes - 1)) - 1;
+    constexpr int32_t kMost = (1 << (8 * kBytes - 1)) - 2;  // to which the largest is rounded, or to the next one
     units_.row(0)[row] = top / kMost;
     const float per_unit = top == 0 ? 0 : kMost / top;
     for (int64_t c = 0; c < p_.in_features; c += kLanes<float>) {

@@ -249,18 +249,20 @@ class GPT(Pretrained):
 
         return self.run(input_ids, positions, [attend] * len(self.blocks))
 
-    def run(self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
-        """(B, T, C) after the last norm, of tokens at `positions`, (T) or (B, T), with each block's attention."""
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, C) what the first block takes, of tokens at `positions`, (T) or (B, T)."""
         x_BTC, C = self.token_embedding(input_ids), self.config.hidden_size
         if self.config.position == "learned":
             x_BTC = x_BTC + self.position_embedding(positions)
         elif self.config.position == "sinusoidal":
             x_BTC = x_BTC * math.sqrt(C) + sinusoids(positions, C).to(x_BTC.dtype)
         if self.config.embedding_norm:  # in place of dropout, as in BLOOM
-            x_BTC, _ = self.embedding_norm(None, x_BTC)
-        else:
-            x_BTC = nn.functional.dropout(x_BTC, self.config.dropout, self.training)
-        y_BTC = None
+            return self.embedding_norm(None, x_BTC)[0]
+        return nn.functional.dropout(x_BTC, self.config.dropout, self.training)
+
+    def run(self, input_ids: Tensor, positions: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """(B, T, C) after the last norm, with each block's attention."""
+        x_BTC, y_BTC = self.embed(input_ids, positions), None
         for block, attend in zip(self.blocks, attends, strict=True):
             y_BTC, x_BTC = block(y_BTC, x_BTC, attend)
         return self.final_norm(y_BTC, x_BTC)[0]

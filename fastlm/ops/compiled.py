@@ -44,6 +44,26 @@ class Launchers:
         return {getattr(torch, name): code for name, code in self.load().DTYPES.items()}
 
 
+class Recorder(Launchers):
+    """Launchers that launch nothing yet: `run` makes all the launches, in order, as often as it is called.
+
+    What the launches read and write must live as long as this.
+    """
+
+    def __init__(self, launchers: Launchers) -> None:
+        super().__init__(launchers.suffix, launchers.extra, launchers.missing, launchers.load)
+        self.launches: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "codes":
+            return super().__getattr__(name)
+        later = getattr(self.load(), f"{name}{self.suffix}_later")
+        return lambda *args: self.launches.append(later(*args))
+
+    def run(self) -> None:
+        self.load().run_all(self.launches)
+
+
 def extension() -> ModuleType:
     return importlib.import_module("fastlm._C")
 

@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 class Kernels(NamedTuple):
     """The two functions that a backend gives. Of tensors of rows, those of a head may lie anywhere."""
 
-    fwd: Callable[[Problem, Tensor, Tensor], None]  # fills output [B, H, T_q, D_v] and lse [B, H, T_q] in fp32
+    fwd: Callable[[Problem, Tensor, Tensor], Any]  # fills output [B, H, T_q, D_v] and lse [B, H, T_q] in fp32
     bwd: Callable[..., None]
     """(Problem, grad_output, output, lse, grad_query, grad_key, grad_value): fills the gradients that are not None."""
 

@@ -92,7 +92,8 @@ def _mask(launchers: Launchers, problem: Problem) -> tuple[Any, ...]:
     return mask.data_ptr(), mask.stride(), 0 if boolean else launchers.codes[mask.dtype], boolean
 
 
-def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) -> None:
+def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) -> tuple[Any, ...]:
+    """-> what must live until the launch."""
     grouped = problem.max_seqlen_q <= DECODE
     heads = problem.key.shape[1] if grouped else problem.query.shape[1]
     parts = splits(problem.max_seqlen_k, KEY_TILE, heads * problem.sequences) if grouped else 1
@@ -100,7 +101,7 @@ def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) ->
     if parts > 1:
         part = lse.new_empty((parts, *output.shape))
         part_lse = lse.new_empty((parts, *lse.shape))
-    fields, _alive = _problem(launchers, problem)
+    fields, alive = _problem(launchers, problem)
     launchers.attention_fwd(
         *fields,
         output.data_ptr(),
@@ -113,6 +114,7 @@ def _fwd(launchers: Launchers, problem: Problem, output: Tensor, lse: Tensor) ->
         *_mask(launchers, problem),
         *launchers.extra(output),
     )
+    return part, part_lse, *alive
 
 
 def _bwd(

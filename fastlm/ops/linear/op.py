@@ -214,9 +214,10 @@ def _cpu_reasons(inputs: LinearInputs) -> list[str]:
     return []
 
 
-def _fwd(
+def fwd(
     launchers: Launchers, input: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None
 ) -> Tensor:
+    """-> output."""
     if reasons := _cpu_reasons(LinearInputs(input, weight, bias, weight_scale)):
         # Lest the kernel read past an end, should someone call torch.ops.fastlm.
         raise ValueError(f"linear kernel: {'; '.join(reasons)}")
@@ -257,7 +258,7 @@ def register_cpu(name: str, launchers: Launchers) -> None:
             name,
             devices=frozenset({"cpu"}),
             reasons=_cpu_reasons,
-            fwd=functools.partial(_fwd, launchers),
+            fwd=functools.partial(fwd, launchers),
             bwd=reference.linear_bwd,
             available=launchers.missing,
             copies=lambda inputs: rows.copies(1, input=inputs.input) + rows.copies(1, weight=inputs.weight),
