@@ -28,19 +28,21 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "silu")  # as in csrc/generation/ste
 
 def serves(model: GPT, rows: int) -> bool:
     """Whether a step of so many sequences can be recorded, and has been measured to be faster."""
-    weight, parameters = model.token_embedding.weight, list(model.parameters())
-    own = ("fastlm.", "torch.nn.modules.")
+    from fastlm.generation import Int8Linear
+    from fastlm.models import gpt
+
+    own = (gpt.GPT, gpt.Block, gpt.Attention, gpt.AddNorm, gpt.Linear, Int8Linear, nn.Embedding, nn.ModuleList)
+    weight, activation = model.token_embedding.weight, gpt.ACTIVATIONS[model.config.activation]
     return (
         preference() == ("auto",)
         and weight.is_cpu
         and 0 < rows <= linear.FEW_ROWS
         and fastest("linear of a whole step", weight) == "cpu"
         and not CPU.missing()
-        and all(type(p) is nn.Parameter and p.is_contiguous() and p.dtype == weight.dtype for p in parameters)
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith(own)
-            for module in model.modules()
-        )
+        and not torch._C._is_any_autocast_enabled()
+        and all(type(p) is nn.Parameter and p.is_contiguous() and p.dtype == weight.dtype for p in model.parameters())
+        and all(type(m) in own and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        and all(block.activation is activation for block in model.blocks)
     )
 
 

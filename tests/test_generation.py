@@ -273,16 +273,20 @@ def test_steps_are_recorded_only_where_nothing_is_lost(model):
     assert not recorded(model, linear.FEW_ROWS + 1)
     with fastlm.use_backend("reference"):
         assert not recorded(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recorded(model)
     assert not recorded(copy.deepcopy(model).double())
 
     class Louder(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    changed = [copy.deepcopy(model) for _ in range(4)]
+    changed = [copy.deepcopy(model) for _ in range(6)]
     changed[0].blocks[0].ffn_up.register_forward_hook(lambda *_: None)
     changed[1].blocks[1].register_forward_pre_hook(lambda *_: None)
     changed[2].blocks[0].ffn_up = Louder(16, 64)
+    changed[4].blocks[0].activation = torch.sin
+    changed[5].blocks[1].ffn_down = torch.nn.Sequential(changed[5].blocks[1].ffn_down, torch.nn.Tanh())
     weight = changed[3].blocks[0].ffn_up.weight
     weight.data = weight.data.T.contiguous().T
     for each in changed:

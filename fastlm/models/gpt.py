@@ -15,7 +15,6 @@ for ALiBi; Vaswani et al. 2017 (arXiv 1706.03762) for sinusoidal positions.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,13 @@ from fastlm.models.pretrained import Pretrained
 
 __all__ = ["GPT", "GPTConfig", "GPTOutput"]
 
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "gelu": nn.functional.gelu,
     "relu": nn.functional.relu,
     "silu": nn.functional.silu,
