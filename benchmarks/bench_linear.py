@@ -1,8 +1,8 @@
 """The linear layer for few rows on the CPU against torch's: the matrices of GPT-2 small, 1 to 8 rows.
 
 "step" is all of them, 12 layers and the logits; the others go through as many weights as make 300 MB, so that none is
-in a cache. The kernel's calls are recorded, as generation makes them; torch's are eager. "read" is torch's sum of as many
-bytes, in turn with the others: the last columns say which share of its bandwidth they reach.
+in a cache. The kernel's calls are recorded, as generation makes them; torch's are eager. "read" is torch's sum of as
+many bytes, in turn with the others: the last columns say which share of its bandwidth they reach.
 """
 
 from __future__ import annotations
