@@ -297,14 +297,15 @@ class Decoder:
             self.own = torch.eye(sequences, dtype=torch.bool, device=device)
             # Where a key is in its sequence: there is no telling from its place.
             self.positions = torch.arange(T, device=device).repeat(B, 1)
-            biased = self.slopes is not None
-            self.mask = cache.new_empty((B, heads, sequences, places)) if biased else self.sees[:, None]
+            self.mask = self.sees[:, None]
+            if self.slopes is not None:
+                wide = torch.promote_types(cache.dtype, torch.float32)
+                self.mask = cache.new_empty((B, heads, sequences, places), dtype=wide)
         self.recorded: recorded.RecordedStep | None = None
         if recorded.serves(self.steps_model, B * sequences):
             self.places = torch.zeros(B * sequences, dtype=torch.int64)
-            self.ends = (
-                self.lengths if sequences == 1 else torch.zeros_like(self.lengths)
-            )  # of the keys that are filled
+            # Of the keys that are filled.
+            self.ends = self.lengths if sequences == 1 else torch.zeros_like(self.lengths)
             self.recorded = recorded.RecordedStep(
                 self.steps_model, self.keys, self.values, self.places, self.ends,
                 None if sequences == 1 else self.mask, self.slopes if sequences == 1 else None,
@@ -497,7 +498,8 @@ def _beam_search(
         logits = decoder.step(last, going_on)
     best[:, :, :T] = input_ids[:, None]
     n = options.num_return_sequences
-    return best[:, :n, : T + int(best_sizes[:, :n].max())].flatten(0, 1)
+    longest = max(best_sizes[:, :n].flatten().tolist(), default=0)
+    return best[:, :n, : T + longest].flatten(0, 1)
 
 
 def _pick(x: Tensor, order: Tensor) -> Tensor:

@@ -155,6 +155,19 @@ def test_beams_can_be_drawn(model):
     assert torch.equal(one[:, :5], prompts(2).repeat_interleave(3, 0))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_what_is_generated_can_be_trained_on(model, options):
+    out = copy.deepcopy(model).generate(prompts(), 4, **options)
+    learner = copy.deepcopy(model).train()
+    learner(out, labels=out).loss.backward()
+    assert learner.token_embedding.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_no_prompts_give_no_texts(model, options):
+    assert model.generate(prompts()[:0], 4, **options).shape[0] == 0
+
+
 def test_several_tokens_can_end_a_sequence(model):
     free = greedy(model, prompts(), 12)
     ends = [int(free[row, 5 + at]) for row, at in ((0, 6), (1, 3), (2, 2))]
