@@ -42,12 +42,14 @@ def calls(device: str) -> dict[str, tuple[Callable[..., Any], list[Tensor], Call
         "rms_norm": (lambda f: lambda *a: f.rms_norm(a[0], shape, a[1]), [x, weight]),
         "add_layer_norm": (lambda f: lambda *a: f.add_layer_norm(*a[:2], shape, *a[2:]), [x, residual, weight, bias]),
         "cross_entropy": (lambda f: lambda a: f.cross_entropy(a, target), [x]),
+        "linear": (lambda f: lambda *a: f.linear(*a), [x, leaf(COLS, COLS), bias]),
         "scaled_dot_product_attention": (lambda f: lambda *a: f.scaled_dot_product_attention(*a), [q, k, v]),
     }
 
 
 class Plain:
     layer_norm, rms_norm, cross_entropy = plain.layer_norm, plain.rms_norm, plain.cross_entropy
+    linear = plain.linear
     scaled_dot_product_attention, add_layer_norm = plain.scaled_dot_product_attention, plain_add_layer_norm
 
 
