@@ -164,6 +164,8 @@ def generate(argv: list[str]) -> int:
     last = checkpoint.latest(folder)
     if last is None and (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    if "" in given.get("stop", ()):
+        raise ValueError("--stop must not be empty")
     prompts = _prompts(given.pop("prompt", None), given.pop("prompts", None))
     tokenizers = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
     tokenizer = data.load_tokenizer(next((path for path in tokenizers if path.exists()), tokenizers[0]))

@@ -449,7 +449,7 @@ def _beam_search(
     """
     (B, T), N, ends, device = input_ids.shape, options.num_beams, options.ends, input_ids.device
     generator = options.generator(device)
-    candidates = max(2, 1 + len(ends)) * N
+    candidates = min(max(2, 1 + len(ends)), model.config.vocab_size) * N
     decoder = Decoder(model, input_ids, attention_mask, N, max_new_tokens, options.quantize == "int8")
     pad = (options.pad_token_id or ends[0]) if ends else 0
     running = input_ids.new_full((B, N, T + max_new_tokens), pad)

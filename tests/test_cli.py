@@ -175,6 +175,7 @@ def test_resuming_takes_every_setting_from_the_run(home, capsys):
         ("generate runs/done --prompts nope.txt", ".*No such file or directory: 'nope.txt'"),
         ("generate runs/done --prompts asked/empty.txt", "asked/empty.txt has no prompts"),
         ("generate runs/done --prompts asked/bad.jsonl", 'asked/bad.jsonl: line 2 must be {"prompt": a text}'),
+        ("generate runs/done --stop=", "--stop must not be empty"),
         ("generate runs/done --quantize int4", "--quantize: invalid choice: 'int4' .*"),
         ("generate runs/done --num-beams 2 --num-return-sequences 3", ".*num_return_sequences must be at most .*"),
         ("generate runs/done --top-p 2", ".*top_p must be above 0 and at most 1, got 2.0"),

@@ -147,6 +147,11 @@ def test_beams_as_many_as_there_are_texts_find_the_likeliest(model):
     assert torch.equal(found, every[order[:10]])
 
 
+def test_beams_end_at_once_where_every_token_ends_a_text(model):
+    out = model.generate(prompts(), 5, num_beams=3, eos_token_id=list(range(V)))
+    assert torch.equal(out, greedy(model, prompts(), 1))
+
+
 def test_beams_can_be_drawn(model):
     options = {"do_sample": True, "num_beams": 3, "num_return_sequences": 3, "top_k": 9, "temperature": 2.0}
     one, two, other = (model.generate(prompts(2), 9, seed=seed, **options) for seed in (1, 1, 2))

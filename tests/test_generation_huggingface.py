@@ -81,6 +81,13 @@ def test_beams_with_a_repetition_penalty_give_the_same_tokens(models, B):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_where_most_tokens_end_a_text_give_the_same_tokens(models, beams):
+    ends = [token for token in range(V) if token % 5]
+    expected, got = both(models, *prompts(3, 5), num_beams=beams, num_return_sequences=beams, eos_token_id=ends)
+    assert torch.equal(got, expected)
+
+
 def test_to_the_last_place_of_the_context(models):
     theirs, ours = models
     ids, _ = prompts(2, 6, padded=False)
@@ -97,9 +104,9 @@ WARPS = [
 
 @pytest.mark.parametrize("warp", WARPS, ids=str)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_sampling_has_the_same_distribution(models, beams, warp):
+def test_sampling_has_the_same_distribution(both_models, beams, warp):
     """What theirs draws from, at every step of a text that theirs has drawn."""
-    theirs, ours = models
+    theirs, ours = both_models
     ids, mask = prompts(2, 5)
     eos = [7, 11]
     torch.manual_seed(0)

@@ -719,7 +719,8 @@ def complaints(verdicts: Sequence[Verdict], known: dict[str, str], exist: set[st
     for verdict in verdicts:
         if verdict.status == "survived" and verdict.mutant.key not in known:
             found.append(f"survives: {verdict.mutant}")
-        if verdict.status != "survived" and verdict.mutant.key in known:
+        # What changes nothing but the speed may run out of time.
+        if verdict.status not in ("survived", "timed out") and verdict.mutant.key in known:
             found.append(f"{verdict.status}, by {verdict.by}: {verdict.mutant}")
     return found
 
