@@ -22,7 +22,7 @@ help:  ## List the commands
 setup: $(BUILT)  ## Create .venv with the pinned versions and build the extension
 
 train: setup  ## Train a small GPT on the Python standard library, about two minutes
-	$(BIN)/fastlm train $(ARGS)
+	$(BIN)/fastlm train $(if $(findstring --resume,$(ARGS)),,configs/gpt-tiny.toml) $(ARGS)
 
 test: setup $(TOOLKIT) $(HUGGINGFACE)  ## Run the tests, one thread in each of two processes; ARGS="-k layer_norm" selects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not proof" $(ARGS)

@@ -20,21 +20,25 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 import torch
 
 import fastlm
-from fastlm import data
-from fastlm.config import Config, nearest
+from fastlm import data, models
+from fastlm.config import Config, nearest, read_toml
 from fastlm.data import EOS_TOKEN
-from fastlm.models import GPT, GPTConfig
-from fastlm.models.pretrained import read_json
+from fastlm.models import GPT, BERTConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["main"]
 
-# What `fastlm train` makes of no options: the model that learns most in two minutes on two cores.
-MODEL: dict[str, Any] = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
-MODEL |= {"position": "alibi", "activation": "relu"}
-VOCAB_SIZE = 4096
+# What `fastlm train` makes of no options, beside the defaults of the configurations: of GPT, the model that learns most
+# in two minutes on two cores.
+SIZE: dict[str, Any] = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "GPT": {"model": {**SIZE, "position": "alibi", "activation": "relu"}, "data": {}},
+    "BERTForMaskedLM": {"model": SIZE, "data": {"tokenizer": "wordpiece"}},
+    "BERTForPreTraining": {"model": SIZE, "data": {"tokenizer": "wordpiece"}},
+}
+TABLES = ("model", "data", "train")
 NEW_TOKENS = 200
 TEMPERATURE = 0.8
 
@@ -63,50 +67,55 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """train a GPT on text; without options on the sources of Python's library, for two minutes on two cores"""
-    from fastlm.train import TrainConfig, Trainer
+    """train a GPT or a BERT on text; without options a GPT on the sources of Python's library, for two minutes"""
+    from fastlm.train import TrainConfig, Trainer, speedup
 
     parser = _Parser("train", train.__doc__)
-    parser.add_argument("--data", metavar="PATH", help="a folder of text files, or a file [Python's library]")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML with the tables model, data and train")
     parser.add_argument("--name", help="of the run [that of the data]")
     parser.add_argument("--out", metavar="DIR", help="where runs are kept [runs]")
     parser.add_argument("--resume", action="store_true", help="go on with a run: the latest, or the one --name says")
-    parser.add_fields("model", GPTConfig, {**MODEL, "vocab_size": VOCAB_SIZE})
-    parser.add_fields("training", TrainConfig, {})
+    parser.add_argument("--profile", action="store_true", help="write a trace of three steps to trace.json")
+    parser.add_argument("--price-per-hour", metavar="X", type=float, help="of the machine: says what the run costs")
+    parser.add_argument("--model.type", choices=list(DEFAULTS), help="[GPT]", dest="model.type")
+    parser.add_fields("model", BERTConfig, DEFAULTS["GPT"]["model"], leave_out=("vocab_size",))
+    parser.add_fields("data", data.DataConfig, {}, also={"path": "--data"})
+    parser.add_fields("train", TrainConfig, {})
     given = parser.parse(argv)
 
     out, name = Path(given.pop("out", "runs")), given.pop("name", None)
-    if given.pop("resume", False):
-        folder, resume = _existing_run(out, name), True
-        settings = {**_saved_settings(folder), **given}
-    else:
-        folder, resume = _new_run(out, name, given.get("data")), False
-        settings = {**MODEL, "vocab_size": VOCAB_SIZE, "data": None, **given}
-        if "seq_len" in given and "max_seq_len" not in given:
-            settings["max_seq_len"] = given["seq_len"]
-    source = {key: settings[key] for key in ("data", "vocab_size")}
-    config = TrainConfig.from_dict(_only(settings, TrainConfig))
-    GPTConfig.from_dict(_only(settings, GPTConfig))  # whatever is wrong with it, say so before the text is read
-    dataset = data.prepare(**source, progress=_tell)
+    options = {key: given.pop(key) for key in ("profile", "price_per_hour") if key in given}
+    file = given.pop("config", None)
+    resume = given.pop("resume", False)
+    folder = _existing_run(out, name) if resume else None
+    if folder is not None and file is not None:
+        raise ValueError("--resume takes the configuration of the run, and no other")
+    settings = _settings(folder / "config.toml" if folder else file, given)
+    kind = settings["model"].pop("type")
+    config, of_data = TrainConfig.from_dict(settings["train"]), data.DataConfig.from_dict(settings["data"])
+    model_type = getattr(models, kind)
+    shape = {**settings["model"], "vocab_size": of_data.vocab_size}
+    model_type.config_type.from_dict(shape)  # whatever is wrong with it, say so before the text is read
+    if folder is None:
+        folder = _new_run(out, name, of_data.path)
+    how = {key: value for key, value in of_data.to_dict().items() if key not in ("path", *_OF_EXAMPLES)}
+    dataset = data.prepare(of_data.path, **how, progress=_tell)
     _tell(dataset.summary)
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig.from_dict({**_only(settings, GPTConfig), "vocab_size": dataset.vocab_size}))
+    model = model_type(model_type.config_type.from_dict({**shape, "vocab_size": dataset.vocab_size}))
+    objectives = [_objective(model, of_data, config.seq_len, dataset, part) for part in ("train", "val")]
+    step_seconds, ratio = (None, None) if resume else speedup(model, config, objectives[0])
+    tokenizer = dataset.tokenizer_path
     trainer = Trainer(
-        model,
-        config,
-        dataset.train_tokens,
-        dataset.val_tokens,
-        folder=folder,
-        eval_bytes=dataset.val_bytes,
-        source=source,
-        tokenizer=dataset.tokenizer_path,
+        model, config, *objectives, folder=folder, source=of_data.to_dict(), tokenizer=tokenizer, **options
     )
     if resume:
         trainer.resume()
-    baselines = data.baselines(dataset, progress=_tell)
-    trainer.baselines = {"n-gram": baselines["ngram"]}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _tell(f"{folder}: {parameters / 1e6:.2f} M parameters, from step {trainer.step:,} to {config.steps:,}")
+    figures = {}
+    if isinstance(model, GPT):
+        figures = data.baselines(dataset, progress=_tell)
+        trainer.baselines = {"n-gram": figures["ngram"]}
+    _tell(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
     evaluation = trainer.train()
     command = _command()
     if trainer.interrupted or evaluation is None:
@@ -115,19 +124,68 @@ def train(argv: list[str]) -> int:
         print(f"  {shlex.join([command, 'train', '--resume', '--name', folder.name, *where])}")
         return 130
     print(f"\nvalidation loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.1f}\n")
-    print("bits per byte of the validation text")
-    print(f"  this model                    {evaluation.bits_per_byte:.3f}")
-    print(f"  n-gram of six bytes           {baselines['ngram']:.3f}")
-    print(f"  xz alone                      {baselines['xz']:.3f}")
-    print(f"  xz, given the training text   {baselines['xz_given_train']:.3f}")
-    print(f"\nA sample at temperature {TEMPERATURE}:\n")
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
-    tokenizer = dataset.tokenizer()
-    _print_text(model.eval(), tokenizer, "", _ids(model, tokenizer, ""), **sampling)
-    print(
-        f"\nCurves in {folder / 'loss.png'}. Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '"
-    )
+    if figures:
+        print("bits per byte of the validation text")
+        print(f"  this model                    {evaluation.bits_per_byte:.3f}")
+        print(f"  n-gram of six bytes           {figures['ngram']:.3f}")
+        print(f"  xz alone                      {figures['xz']:.3f}")
+        print(f"  xz, given the training text   {figures['xz_given_train']:.3f}\n")
+    if ratio is not None:
+        print(
+            f"A step of {step_seconds:.3f} s is {ratio:.2f} times as fast as the same model's in plain PyTorch here.\n"
+        )
+    if isinstance(model, GPT):
+        print(f"A sample at temperature {TEMPERATURE}:\n")
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
+        _print_text(model.eval(), dataset.tokenizer(), "", _ids(model, dataset.tokenizer(), ""), **sampling)
+        print()
+    print(f"Curves in {folder / 'loss.png'}.", end="")
+    if isinstance(model, GPT):
+        print(f" Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '", end="")
+    print()
     return 0
+
+
+_OF_EXAMPLES = ("separate_documents", "mask_probability")  # fields of DataConfig that are not prepare's
+
+
+def _objective(model: Any, config: data.DataConfig, seq_len: int, dataset: data.Dataset, part: str) -> data.Objective:
+    tokens = {"train": dataset.train_tokens, "val": dataset.val_tokens}[part]
+    if isinstance(model, GPT):
+        separator = dataset.eos_id if config.separate_documents else None
+        size = {"train": dataset.train_bytes, "val": dataset.val_bytes}[part]
+        return data.CausalLM(tokens, seq_len, document_id=separator, num_bytes=size)
+    vocabulary = dataset.tokenizer().get_vocab()
+    names: tuple[str, ...] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    special = {name: vocabulary[name] for name in names if name in vocabulary}
+    return data.MaskedLM(
+        tokens,
+        seq_len,
+        special=special,
+        vocab_size=dataset.vocab_size,
+        probability=config.mask_probability,
+        next_sentence=isinstance(model, models.BERTForPreTraining),
+    )
+
+
+def _settings(file: str | Path | None, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of a run: the defaults of its model's type, what the file says, what options say."""
+    tables = {} if file is None else read_toml(Path(file))
+    for table, values in tables.items():
+        if table not in TABLES or not isinstance(values, dict):
+            raise ValueError(f"{file}: unknown table {table!r}{nearest(table, TABLES)}")
+    said: dict[str, dict[str, Any]] = {table: dict(tables.get(table, {})) for table in TABLES}
+    for key, value in given.items():
+        table, _, field = key.partition(".")
+        said[table][field] = value
+    kind = said["model"].get("type", "GPT")
+    if kind not in DEFAULTS:
+        raise ValueError(f"model.type must be one of {', '.join(DEFAULTS)}, got {kind!r}")
+    settings = {table: {**DEFAULTS[kind].get(table, {}), **said[table]} for table in TABLES}
+    settings["model"]["type"] = kind
+    if "seq_len" in said["train"] and "max_seq_len" not in said["model"]:
+        settings["model"]["max_seq_len"] = said["train"]["seq_len"]
+    return settings
 
 
 def generate(argv: list[str]) -> int:
@@ -203,37 +261,55 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(f"fastlm {command}", description=description, allow_abbrev=False)
 
-    def add_fields(self, title: str, kind: type[Config], defaults: Mapping[str, Any]) -> None:
-        """An option for every field of a configuration."""
-        group, documentation = self.add_argument_group(title), kind.documentation()
+    def add_fields(
+        self,
+        table: str,
+        kind: type[Config],
+        defaults: Mapping[str, Any],
+        leave_out: Sequence[str] = (),
+        also: Mapping[str, str] | None = None,
+    ) -> None:
+        """An option for every field: --table.field, --field, and --table.field without a num- that it begins with."""
+        group, documentation = self.add_argument_group(table), kind.documentation()
         for name, hint in kind.hints().items():
-            default = defaults.get(name, getattr(kind, name, None))
-            options: dict[str, Any] = {"help": f"{documentation[name]} [{default}]", "dest": name}
+            if name in leave_out:
+                continue
+            default, bare = defaults.get(name, getattr(kind, name, None)), name.removeprefix("num_")
+            flags = [f"--{table}.{name}", *([f"--{table}.{bare}"] if bare != name else []), f"--{name}"]
+            flags = [flag.replace("_", "-") for flag in flags]
+            flags[-1] = (also or {}).get(name, flags[-1])
+            options: dict[str, Any] = {"help": f"{documentation[name]} [{default}]", "dest": f"{table}.{name}"}
+            kinds = [part for part in get_args(hint) or (hint,) if part is not type(None)]
             if hint is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            elif get_origin(hint) is Literal:
-                options["choices"] = get_args(hint)
+            elif get_origin(hint) is Literal or get_origin(kinds[0]) is Literal:
+                options["choices"] = get_args(hint if get_origin(hint) is Literal else kinds[0])
+            elif get_origin(hint) is dict:
+                options |= {"type": json.loads, "metavar": "JSON"}
             else:
-                options["type"] = next(iter(get_args(hint)), hint)
-                options["metavar"] = {int: "N", float: "X"}.get(options["type"], "TEXT")
-            group.add_argument("--" + name.replace("_", "-"), **options)
+                options["type"] = kinds[0]
+                options["metavar"] = {int: "N", float: "X"}.get(kinds[0], "TEXT")
+            group.add_argument(*flags, **options)
 
     def parse(self, argv: list[str]) -> dict[str, Any]:
         for action in self._actions:
             action.default = argparse.SUPPRESS
+        argv = [_dashed(argument) for argument in argv]
         options, unknown = self.parse_known_args(argv)
         for argument in unknown:
             option = argument.partition("=")[0]
             kind = "option" if option.startswith("-") else "argument"
             raise ValueError(f"unknown {kind} {option}{nearest(option, self._option_string_actions)}")
-        return vars(options)
+        return {name: value for name, value in vars(options).items() if value is not None}
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(re.sub(r"^argument ", "", message))
 
 
-def _only(settings: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key in kind.hints()}
+def _dashed(argument: str) -> str:
+    """--num_layers=3 as --num-layers=3."""
+    option, equals, value = argument.partition("=")
+    return (option.replace("_", "-") if option.startswith("--") else option) + equals + value
 
 
 def _new_run(out: Path, name: str | None, data: str | None) -> Path:
@@ -249,18 +325,10 @@ def _new_run(out: Path, name: str | None, data: str | None) -> Path:
 
 
 def _existing_run(out: Path, name: str | None) -> Path:
-    runs = [path.parent for path in out.glob("*/config.json") if name in (None, path.parent.name)]
+    runs = [path.parent for path in out.glob("*/config.toml") if name in (None, path.parent.name)]
     if not runs:
         raise FileNotFoundError(f"there is no run to resume in {out}" if name is None else f"no such run: {out / name}")
     return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
-
-
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    saved = read_json(folder / "config.json")
-    try:
-        return {**saved["model"], **saved["train"], **saved["source"]}
-    except (KeyError, TypeError):
-        raise ValueError(f"{folder / 'config.json'} is not the configuration of a run") from None
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str]:

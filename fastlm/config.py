@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
+import sys
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Config", "nearest"]
+__all__ = ["Config", "nearest", "read_toml", "to_toml"]
 
 _C = TypeVar("_C", bound="Config")
 
@@ -18,7 +21,8 @@ _C = TypeVar("_C", bound="Config")
 class Config:
     """Base of the configurations. A subclass checks ranges in its `__post_init__`, after this one, with `_need`.
 
-    Fields are int, float (an int will do, and becomes one), bool, str, a `Literal` of strings, or one of these | None.
+    Fields are int, float (an int will do, and becomes one), bool, str, a `Literal` of strings, one of these | None, or
+    a dict from names to JSON values.
     A value of another type raises ValueError with the field, what it needs and what it got.
     """
 
@@ -54,7 +58,7 @@ class Config:
         for name in values:
             if name not in cls.hints():
                 raise ValueError(f"{cls.__name__}: unknown field {name!r}{nearest(name, cls.hints())}")
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in required if name not in values]:
             raise ValueError(f"{cls.__name__}: {', '.join(missing)} must be given")
         return cls(**values)
@@ -66,11 +70,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises FileNotFoundError, and ValueError for what is not TOML."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of strings, numbers, booleans, and tables of these, as TOML; None, which it has not, is left out."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{json.dumps(name)} = {text(part)}" for name, part in value.items()) + "}"
+        return json.dumps(value)  # of the rest TOML's notation is JSON's
+
+    lines = []
+    for table, values in tables.items():
+        lines += [f"[{table}]", *(f"{name} = {text(value)}" for name, value in values.items() if value is not None), ""]
+    return "\n".join(lines)
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (types.UnionType, Union):
         return any(_is_a(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     return type(value) is hint
 
 
@@ -79,4 +113,6 @@ def _described(hint: Any) -> str:
         return " or ".join(_described(part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "a table of names and values"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(hint, "None")

@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastlm
-from fastlm import cli
+from fastlm import cli, data, models
+from fastlm.config import read_toml
 from fastlm.models import GPT
-from fastlm.train import checkpoint
+from fastlm.models.pretrained import read_tensors
+from fastlm.train import TrainConfig, checkpoint
 
 TINY = ["--vocab-size=300", "--hidden-size=16", "--num-layers=1", "--num-heads=2", "--seq-len=64", "--batch-size=2"]
 WORDS = ["mean", "variance", "gradient", "weight", "tensor", "kernel", "stride", "shared", "löss", "行列"]
@@ -65,7 +68,7 @@ def fails(capsys, *arguments: str, code: int = 2) -> str:
 def test_a_run_prints_the_comparison_a_sample_and_the_next_command(home, capsys):
     assert cli.main(["train", "--data", "corpus", "--steps", "5", "--name", "fresh", "--seed", "3", *TINY]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"corpus: 0.\d\d MB in \d+ files to train on", out)
+    assert re.search(r"corpus: 0.\d\d MB in \d+ documents to train on", out)
     assert re.search(r"validation loss \d\.\d{3} nats per token, perplexity \d+\.\d\n", out)
     rows = re.findall(
         r"^  (this model|n-gram of six bytes|xz alone|xz, given the training text) +(\d\.\d{3})$", out, re.M
@@ -75,13 +78,83 @@ def test_a_run_prints_the_comparison_a_sample_and_the_next_command(home, capsys)
     record = json.loads((home / "runs/fresh/metrics.jsonl").read_text().splitlines()[-1])
     assert figures[0] == pytest.approx(record["val_bits_per_byte"], abs=5e-4)
     assert "A sample" in out
+    assert re.search(r"A step of \d\.\d{3} s is \d+\.\d\d times as fast as the same model's in plain PyTorch", out)
     command = out.splitlines()[-1].split()
     assert command[:3] == ["fastlm", "generate", "runs/fresh"]
-    names = ["checkpoint-5", "config.json", "loss.png", "metrics.jsonl", "tokenizer.json"]
+    names = ["best", "checkpoint-5", "config.toml", "loss.png", "metrics.jsonl", "tokenizer.json"]
     assert sorted(path.name for path in (home / "runs/fresh").iterdir()) == names
-    config = json.loads((home / "runs/fresh/config.json").read_text())
-    assert config["source"] == {"data": "corpus", "vocab_size": 300}
+    config = read_toml(home / "runs/fresh/config.toml")
+    assert (config["data"]["path"], config["data"]["vocab_size"]) == ("corpus", 300)
     assert (config["train"]["seed"], config["train"]["steps"], config["model"]["max_seq_len"]) == (3, 5, 64)
+
+
+def test_an_estimate_comes_first_and_is_corrected_by_the_first_steps(home, capsys):
+    options = ["--data", "corpus", "--steps", "12", "--name", "priced", "--price-per-hour", "3600", "--profile"]
+    assert cli.main(["train", *options, *TINY]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^0\.01 M parameters; memory \d+ MiB: weights 0 MiB, gradients 0 MiB, optimizer 0 MiB, act", out, re.M
+    )
+    assert re.search(
+        r"FLOP in all: about \d+:\d\d and [\d.,]+ in money at 40% of [\d.]+ [GT]FLOP/s \(a matrix prod", out
+    )
+    assert re.search(r"^measured: \d:\d\d and \d+\.\d\d in money for all 12 steps$", out, re.M)
+    assert re.search(r"tokens/s   MFU \d+%   \d\.\d GiB   0:00 left", out)
+    trace = json.loads((home / "runs/priced/trace.json").read_text())
+    assert any("linear_cross_entropy" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_the_configuration_that_a_run_leaves_reruns_it(home):
+    assert cli.main(["train", "runs/done/config.toml", "--name", "again"]) == 0
+    assert read_toml(home / "runs/again/config.toml") == read_toml(home / "runs/done/config.toml")
+    one, two = (read_tensors(home / f"runs/{name}/best/model.safetensors") for name in ("done", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_options_come_before_the_file_and_the_file_before_the_defaults(home):
+    (home / "own.toml").write_text(
+        '[model]\nnum_layers = 2\n[data]\npath = "corpus"\nvocab_size = 300\n'
+        "[train]\nsteps = 3\nlr = 0.5\noptimizer_options = {ns_steps = 3}\n"
+    )
+    settings = cli._settings("own.toml", {"train.lr": 0.25, "model.num_heads": 2})
+    assert settings["model"]["num_layers"] == 2
+    assert settings["model"]["num_heads"] == 2
+    assert settings["model"]["hidden_size"] == 192
+    assert settings["train"] == {"steps": 3, "lr": 0.25, "optimizer_options": {"ns_steps": 3}}
+    command = "train own.toml --model.layers 1 --model.hidden_size=16 --num-heads 2 --train.seq-len 64 --name tabled"
+    assert cli.main([*command.split(), "--train.batch-size", "2", "--optimizer-options", '{"ns_steps": 2}']) == 0
+    config = read_toml(home / "runs/tabled/config.toml")
+    assert (config["model"]["num_layers"], config["model"]["max_seq_len"], config["train"]["lr"]) == (1, 64, 0.5)
+    assert config["train"]["optimizer_options"] == {"ns_steps": 2}
+
+
+@pytest.mark.parametrize("kind", ["BERTForMaskedLM", "BERTForPreTraining"])
+def test_a_bert_is_pretrained_too(home, capsys, kind):
+    options = ["--model.type", kind, "--data", "corpus", "--steps", "6", "--name", kind]
+    assert cli.main(["train", *options, *TINY]) == 0
+    assert "validation loss" in capsys.readouterr().out
+    model = getattr(models, kind).from_pretrained(home / "runs" / kind / "best")
+    assert model.config.num_layers == 1
+    assert read_toml(home / f"runs/{kind}/config.toml")["data"]["tokenizer"] == "wordpiece"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_every_configuration_that_comes_along_is_one(path):
+    settings = cli._settings(path, {})
+    kind = settings["model"].pop("type")
+    getattr(models, kind).config_type.from_dict({"vocab_size": 300, **settings["model"]})
+    TrainConfig.from_dict(settings["train"])
+    data.DataConfig.from_dict(settings["data"])
+
+
+def test_gpt_tiny_is_what_no_options_train():
+    def resolved(settings):
+        return TrainConfig.from_dict(settings["train"]), data.DataConfig.from_dict(settings["data"]), settings["model"]
+
+    tiny = Path(__file__).parents[1] / "configs/gpt-tiny.toml"
+    assert resolved(cli._settings(tiny, {})) == resolved(cli._settings(None, {}))
 
 
 def test_a_run_without_a_name_is_called_after_its_data_and_numbered(home):
@@ -150,18 +223,27 @@ def test_resuming_takes_every_setting_from_the_run(home, capsys):
         ("train --data empty", r"data: no text in empty .*"),
         ("train --data small", r"data: .*small.*"),
         ("train --step 5", r"unknown option --step; did you mean --steps\?"),
-        ("train --num_layers=5", r"unknown option --num_layers; did you mean --num-layers\?"),
-        ("train steps", r"unknown argument steps; did you mean --steps\?"),
-        ("train --steps many", "--steps: invalid int value: 'many'"),
+        ("train --num_layerz=5", r"unknown option --num-layerz; did you mean --num-layers\?"),
+        ("train --model.depth 5", r"unknown option --model.depth.*"),
+        ("train nowhere.toml", "no such file: nowhere.toml"),
+        ("train asked/broken.toml", "asked/broken.toml is not TOML: .*"),
+        ("train asked/table.toml", r"asked/table.toml: unknown table 'models'; did you mean model\?"),
+        ("train asked/field.toml", r"TrainConfig: unknown field 'step'; did you mean steps\?"),
+        ("train asked/type.toml", "model.type must be one of GPT, BERTForMaskedLM, BERTForPreTraining, got 'T5'"),
+        ("train asked/number.toml", "TrainConfig: steps must be an integer, got '3'"),
+        ("train asked/field.toml --resume --name done", "--resume takes the configuration of the run, and no other"),
+        ("train --optimizer adamwx --data corpus", r".*optimizer must be .*; did you mean adamw\?, got 'adamwx'"),
+        ("train steps", "no such file: steps"),
+        ("train --steps many", "--train.steps/--steps: invalid int value: 'many'"),
         ("train --steps 0", "TrainConfig: steps must be at least 1, got 0"),
         ("train --num-heads 5", "GPTConfig: hidden_size must be a multiple of num_heads, 5, got 192"),
-        ("train --position rotary", r"--position: invalid choice: 'rotary' \(choose from .*\)"),
+        ("train --position rotary", r"--model.position/--position: invalid choice: 'rotary' \(choose from .*\)"),
         ("train --vocab-size 10", "data: vocab_size must be from 257 .*, got 10"),
         (
             "train --data corpus --vocab-size 300 --seq-len 64 --max-seq-len 32",
             r".*seq_len must be at most the model's max_seq_len, 32, got 64",
         ),
-        ("train --data corpus --vocab-size 300 --seq-len 99999", "data: the text is too small: .*"),
+        ("train --data corpus --vocab-size 300 --seq-len 99999", "CausalLM: the text is too small: .*"),
         ("train --name done", "runs/done exists: --resume --name done goes on with it, another --name starts anew"),
         ("train --name a/b", "--name must be the name of a folder, got 'a/b'"),
         ("train --resume --name nope", "no such run: runs/nope"),
@@ -190,9 +272,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(home, capsys, arguments, messa
     (home / "asked").mkdir(exist_ok=True)
     (home / "asked/empty.txt").touch()
     (home / "asked/bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
-    before = sorted(home.rglob("*"))
+    tomls = {"broken": "[model", "table": "[models]", "field": "[train]\nstep = 3", "number": '[train]\nsteps = "3"'}
+    for name, text in {**tomls, "type": '[model]\ntype = "T5"'}.items():
+        (home / f"asked/{name}.toml").write_text(text)
+
+    def files():
+        return sorted(path for path in home.rglob("*") if not path.name.startswith(".lock-"))
+
+    before = files()
     assert re.fullmatch(message, fails(capsys, *arguments.split()))
-    assert sorted(home.rglob("*")) == before
+    assert files() == before
 
 
 def test_a_missing_library_is_one_line(home, capsys, monkeypatch):
@@ -203,15 +292,15 @@ def test_a_missing_library_is_one_line(home, capsys, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(home, capsys):
     options = ["--data", "corpus", "--steps", "20", "--lr", "1e30", "--warmup-steps", "0", "--name", "diverged"]
-    assert "the loss is nan" in fails(capsys, "train", *options, *TINY, code=1)
-    assert "runs/diverged has no checkpoint yet" in fails(capsys, "generate", "runs/diverged")
+    line = fails(capsys, "train", *options, *TINY, code=1)
+    assert re.match(r"the loss or the gradient was not finite in the last \d+ steps, up to step \d+; the weights", line)
 
 
 def test_a_damaged_run_is_one_line(home, capsys):
     (home / "runs/damaged").mkdir()
-    (home / "runs/damaged/config.json").write_text("{}")
+    (home / "runs/damaged/config.toml").write_text("[model")
     (home / "runs/damaged/metrics.jsonl").touch()
-    assert "is not the configuration of a run" in fails(capsys, "train", "--resume", "--name", "damaged")
+    assert "runs/damaged/config.toml is not TOML" in fails(capsys, "train", "--resume", "--name", "damaged")
 
 
 # --- generate and info

@@ -8,19 +8,21 @@ import lzma
 import math
 import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm import data
-from fastlm.data import Corpus, Document
-from fastlm.data import tokens as tokens_module
+from fastlm.data import Document
+from fastlm.data import dataset as dataset_module
+from fastlm.data.split import Spool, split
 from fastlm.models.ngram import NGram
 
 VOCAB = 300
@@ -59,6 +61,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def datasets(cache: Path) -> list[Path]:
+    """What is in the cache, but for the empty files that processes lock."""
+    return [p for p in cache.iterdir() if not (p.name.startswith(".lock-") and p.stat().st_size == 0)]
+
+
+def divide(documents, fraction: float, seed: int) -> tuple[list[Document], list[Document], int]:
+    """The training part, the validation part and the number of documents dropped from it."""
+    documents = list(documents)
+    with tempfile.TemporaryDirectory() as folder:
+        Spool.write(Path(folder, "spool"), documents, seed)
+        spool = Spool(Path(folder, "spool"))
+        train, val, dropped = split(spool, fraction)
+        starts = spool.ranges[:, 0]
+        parts = [
+            [
+                Document(documents[int(np.searchsorted(starts, start, "right")) - 1].name, spool.read(start, stop))
+                for start, stop in part.tolist()
+            ]
+            for part in (train, val)
+        ]
+        spool.close()
+    return parts[0], parts[1], dropped
+
+
 def long_lines(text: bytes) -> list[bytes]:
     return [line.strip() for line in text.splitlines() if len(line.strip()) >= 20]
 
@@ -68,31 +94,29 @@ def long_lines(text: bytes) -> list[bytes]:
 
 def test_every_text_file_is_read_once_and_the_others_are_counted(corpus):
     read = data.read_corpus(corpus)
-    assert [d.name for d in read.documents] == sorted(
-        ("deep/er/" if i % 3 else "") + f"file{i:03}.txt" for i in range(60)
-    )
-    assert read.documents[0].text == (corpus / read.documents[0].name).read_bytes()
+    documents = list(read)
+    assert [d.name for d in documents] == sorted(("deep/er/" if i % 3 else "") + f"file{i:03}.txt" for i in range(60))
+    assert documents[0].text == (corpus / documents[0].name).read_bytes()
     assert read.skipped == 3
 
 
 def test_the_split_does_not_depend_on_where_and_in_which_order_the_files_were_written(tmp_path):
     one = data.read_corpus(write_corpus(tmp_path / "one"))
     two = data.read_corpus(write_corpus(tmp_path / "elsewhere" / "two", reverse=True))
-    assert one.split(0.1, 0) == two.split(0.1, 0)
-    assert one.split(0.1, 0)[1] != one.split(0.1, 1)[1]
+    assert divide(one, 0.1, 0) == divide(two, 0.1, 0)
+    assert divide(one, 0.1, 0)[1] != divide(one, 0.1, 1)[1]
 
 
 def test_the_split_depends_on_names_and_seed_alone_so_an_unrelated_file_moves_few_others(corpus):
-    before = {d.name for d in data.read_corpus(corpus).split(0.2, 0)[1]}
+    before = {d.name for d in divide(data.read_corpus(corpus), 0.2, 0)[1]}
     (corpus / "one more.txt").write_text("a line that is long enough to be seen\n" * 40)
-    after = {d.name for d in data.read_corpus(corpus).split(0.2, 0)[1]}
+    after = {d.name for d in divide(data.read_corpus(corpus), 0.2, 0)[1]}
     assert len(before ^ after) <= 3
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_validation_file_shares_over_a_fifth_of_its_long_lines_with_the_training_part(corpus, seed):
-    read = data.read_corpus(corpus)
-    train, val, dropped = read.split(0.2, seed)
+    train, val, dropped = divide(data.read_corpus(corpus), 0.2, seed)
     assert not {d.name for d in train} & {d.name for d in val}
     assert len(train) + len(val) + dropped == 60
     known = {line for d in train for line in long_lines(d.text)}
@@ -106,7 +130,7 @@ def test_validation_files_copied_from_training_files_are_dropped_and_counted():
         Document(f"{i}", "".join(f"a line of its own, number {i} {j}\n" for j in range(20)).encode()) for i in range(50)
     ]
     copies = [Document(f"{i} copy", d.text) for i, d in enumerate(unique)]
-    train, val, dropped = Corpus("", sorted(unique + copies), 0).split(0.2, 0)
+    train, val, dropped = divide(sorted(unique + copies), 0.2, 0)
     texts = {d.text for d in train}
     assert dropped > 0
     assert not any(d.text in texts for d in val)
@@ -114,7 +138,7 @@ def test_validation_files_copied_from_training_files_are_dropped_and_counted():
 
 def test_copies_without_a_single_long_line_are_dropped_too():
     documents = [Document(f"{i:03}", f"{i // 2}\n".encode() * 30) for i in range(200)]
-    train, val, _ = Corpus("", documents, 0).split(0.2, 0)
+    train, val, _ = divide(documents, 0.2, 0)
     texts = {d.text for d in train}
     assert not any(d.text in texts for d in val)
 
@@ -122,7 +146,7 @@ def test_copies_without_a_single_long_line_are_dropped_too():
 def test_the_validation_part_holds_about_the_fraction_asked_for(corpus):
     documents = [Document(f"{i:03}", os.urandom(400 + 9 * i).hex().encode()) for i in range(300)]
     for fraction in (0.05, 0.08, 0.1):
-        train, val, _ = Corpus("", documents, 0).split(fraction, 0)
+        train, val, _ = divide(documents, fraction, 0)
         share = sum(len(d.text) for d in val) / sum(len(d.text) for d in train + val)
         assert 0.8 * fraction < share <= fraction
 
@@ -131,7 +155,7 @@ def test_a_single_file_is_cut_at_a_line_and_its_end_is_the_validation_part(tmp_p
     text = "".join(f"line number {i} of a long poem\n" for i in range(1000))
     (tmp_path / "poem.txt").write_text(text)
     (tmp_path / "other.txt").write_text("not to be read")
-    train, val, dropped = data.read_corpus(tmp_path / "poem.txt").split(0.08, 0)
+    train, val, dropped = divide(data.read_corpus(tmp_path / "poem.txt"), 0.08, 0)
     assert (len(train), len(val), dropped) == (1, 1, 0)
     assert (train[0].text + val[0].text).decode() == text
     assert train[0].text.endswith(b"\n")
@@ -140,7 +164,7 @@ def test_a_single_file_is_cut_at_a_line_and_its_end_is_the_validation_part(tmp_p
 
 def test_a_few_large_files_are_all_cut(tmp_path):
     documents = [Document(n, "".join(f"line {i} of the book {n}\n" for i in range(500)).encode()) for n in "abc"]
-    train, val, _ = Corpus("", documents, 0).split(0.08, 0)
+    train, val, _ = divide(documents, 0.08, 0)
     assert [a.text + b.text for a, b in zip(train, val, strict=True)] == [d.text for d in documents]
 
 
@@ -151,20 +175,22 @@ def test_decoding_the_tokens_gives_the_text_back_and_the_tokens_start_every_file
     ds = data.prepare(corpus, VOCAB)
     tokenizer = ds.tokenizer()
     for ids, text, files in (
-        (ds.train_tokens, ds.train_text(), ds.train_files),
-        (ds.val_tokens, ds.val_text(), ds.val_files),
+        (ds.train_tokens, ds.train_text(), ds.train_documents),
+        (ds.val_tokens, ds.val_text(), ds.val_documents),
     ):
+        assert isinstance(ids.shards[0].base, np.memmap)
+        ids = np.asarray(ids)
         assert ids[0] == ds.eos_id
         assert (ids == ds.eos_id).sum() == files
         assert tokenizer.decode(ids[ids != ds.eos_id].tolist(), skip_special_tokens=False).encode() == text
         assert ids.max() < ds.vocab_size
-        assert isinstance(ids, np.memmap)
         assert ids.dtype == np.uint16
-    train, val, dropped = data.read_corpus(corpus).split(0.08, 0)
+    train, val, dropped = divide(data.read_corpus(corpus), 0.08, 0)
     assert ds.train_text() == b"".join(d.text for d in train)
     assert ds.val_text() == b"".join(d.text for d in val)
     assert (ds.train_bytes, ds.val_bytes) == (len(ds.train_text()), len(ds.val_text()))
-    assert (ds.train_files, ds.val_files, ds.dropped_files, ds.skipped_files) == (len(train), len(val), dropped, 3)
+    assert (ds.train_documents, ds.val_documents) == (len(train), len(val))
+    assert (ds.dropped_documents, ds.skipped_documents, ds.cleaned) == (dropped, 3, {})
     assert ds.vocab_size == VOCAB
 
 
@@ -187,13 +213,13 @@ def test_any_text_survives_encoding_and_decoding_and_never_becomes_the_separator
 def test_a_text_that_contains_the_separator_is_still_whole(tmp_path, cache):
     (tmp_path / "a.txt").write_text("".join(f"before <|endoftext|> after, number {i}\n" for i in range(400)))
     ds = data.prepare(tmp_path / "a.txt", VOCAB)
-    assert (ds.val_tokens == ds.eos_id).sum() == 1
+    assert (np.asarray(ds.val_tokens) == ds.eos_id).sum() == 1
     ids = ds.val_tokens[1:].tolist()
     assert ds.tokenizer().decode(ids, skip_special_tokens=False).encode() == ds.val_text()
 
 
 def test_a_file_larger_than_one_piece_is_encoded_whole(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(tokens_module, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(dataset_module, "_PIECE_BYTES", 100)
     (tmp_path / "a.txt").write_text("".join(f"{i} words\r\nin lines\x0b\u2028  \n\n" for i in range(500)), newline="")
     ds = data.prepare(tmp_path / "a.txt", VOCAB)
     ids = ds.train_tokens[1:].tolist()
@@ -202,14 +228,16 @@ def test_a_file_larger_than_one_piece_is_encoded_whole(tmp_path, cache, monkeypa
 
 def test_vocabularies_above_16_bits_are_stored_in_32(tmp_path, cache, corpus, monkeypatch):
     small = data.prepare(corpus, VOCAB)
-    monkeypatch.setattr(tokens_module, "_16_BIT_VOCABULARY", VOCAB - 1)
+    monkeypatch.setattr(dataset_module, "_16_BIT_VOCABULARY", VOCAB - 1)
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "another"))
     large = data.prepare(corpus, VOCAB)
     assert large.train_tokens.dtype == np.uint32
-    assert (large.train_tokens == small.train_tokens).all()
+    assert (np.asarray(large.train_tokens) == np.asarray(small.train_tokens)).all()
 
 
 # --- the cache
+
+FILES = ("tokenizer.json", "train-00000.bin", "train.txt", "val-00000.bin", "val.txt")
 
 
 def test_the_same_text_and_settings_give_the_same_bytes_in_another_cache(tmp_path, corpus, cache, monkeypatch):
@@ -217,13 +245,13 @@ def test_the_same_text_and_settings_give_the_same_bytes_in_another_cache(tmp_pat
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "another"))
     copy = write_corpus(tmp_path / "copy", reverse=True)
     assert contents(data.prepare(copy, VOCAB).path) == first
-    assert set(first) == {"manifest.json", "tokenizer.json", "train.bin", "train.txt", "val.bin", "val.txt"}
+    assert set(first) == {"manifest.json", *FILES}
 
 
 def test_a_second_call_opens_the_first_ones_files_and_any_change_makes_others(corpus, cache, monkeypatch):
     first = data.prepare(corpus, VOCAB)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_module, "_build", None)
+        patch.setattr(dataset_module, "_build", None)
         assert data.prepare(corpus, VOCAB).path == first.path
     paths = {first.path, data.prepare(corpus, VOCAB + 1).path, data.prepare(corpus, VOCAB, split_seed=1).path}
     paths.add(data.prepare(corpus, VOCAB, val_fraction=0.2).path)
@@ -236,20 +264,27 @@ def test_a_second_call_opens_the_first_ones_files_and_any_change_makes_others(co
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
-def test_nothing_is_left_of_a_build_that_is_interrupted(corpus, cache, monkeypatch, error):
+def test_a_build_that_is_interrupted_is_no_dataset_and_is_gone_on_with(corpus, cache, monkeypatch, error):
+    expected = contents(data.prepare(corpus, VOCAB).path)
+    monkeypatch.setenv("FASTLM_CACHE", str(cache.parent.parent / "another"))
+    cache = cache.parent.parent / "another" / "data"
+
     def stop(text):
         if text.startswith("encoding val"):
-            assert any(cache.rglob("train.bin"))
+            assert any(cache.rglob("train-00000.bin"))
             raise error
 
     with pytest.raises((KeyboardInterrupt, OSError), match=r"^$|disk full"):
         data.prepare(corpus, VOCAB, progress=stop)
-    assert contents(cache) == {}
-    assert list(cache.iterdir()) == []
-    assert data.prepare(corpus, VOCAB).val_files > 0
+    assert all(p.name.startswith(".partial-") for p in datasets(cache))
+    told = []
+    ds = data.prepare(corpus, VOCAB, progress=told.append)
+    assert [line.split(":")[0] for line in told] == ["encoding train", "encoding val"]
+    assert contents(ds.path) == expected
+    assert datasets(cache) == [ds.path]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "train.bin", "train.txt", "val.bin", "val.txt"])
+@pytest.mark.parametrize("name", ["manifest.json", *FILES])
 @pytest.mark.parametrize("damage", ["truncated", "changed", "removed"])
 def test_a_damaged_cache_is_made_again(corpus, cache, name, damage):
     path = data.prepare(corpus, VOCAB).path
@@ -264,14 +299,14 @@ def test_a_damaged_cache_is_made_again(corpus, cache, name, damage):
         (path / name).write_bytes(content)
     assert data.prepare(corpus, VOCAB).path == path
     assert contents(path) == good
-    assert [p.name for p in cache.iterdir()] == [path.name]
+    assert datasets(cache) == [path]
 
 
 def test_a_manifest_with_one_digit_changed_is_not_believed(corpus, cache):
     path = data.prepare(corpus, VOCAB).path / "manifest.json"
     good = path.read_text()
-    path.write_text(good.replace('"skipped_files": 3', '"skipped_files": 4'))
-    assert data.prepare(corpus, VOCAB).skipped_files == 3
+    path.write_text(good.replace('"skipped_documents": 3', '"skipped_documents": 4'))
+    assert data.prepare(corpus, VOCAB).skipped_documents == 3
     assert path.read_text() == good
 
 
@@ -293,26 +328,121 @@ def test_what_a_killed_process_left_is_removed_a_day_later_and_a_running_ones_is
     assert new.exists()
 
 
-def prepare_at_the_same_time(corpus: Path, barrier, results) -> None:
-    ds = data.prepare(
-        corpus, VOCAB, progress=lambda text: barrier.wait(30) if text.startswith("encoding val") else None
-    )
-    results.put(int(ds.train_tokens.astype(np.int64).sum()))
+def prepare_in_turn(corpus: Path, begun, waiting, results) -> None:
+    told = []
+
+    def tell(text):
+        told.append(text)
+        if text.startswith("encoding val"):
+            begun.set()
+            assert waiting.wait(30)
+        elif text.startswith("waiting"):
+            waiting.set()
+
+    ds = data.prepare(corpus, VOCAB, progress=tell)
+    results.put((len(told), int(np.asarray(ds.train_tokens).astype(np.int64).sum())))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_two_processes_may_make_the_same_dataset_at_once(corpus, cache):
+def test_a_second_process_waits_for_the_one_that_makes_the_same_dataset(corpus, cache):
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    arguments = (corpus, barrier, results)
-    processes = [context.Process(target=prepare_at_the_same_time, args=arguments, daemon=True) for _ in range(2)]
-    for process in processes:
-        process.start()
-    sums = {results.get(timeout=60) for _ in processes}
+    begun, waiting, results = context.Event(), context.Event(), context.Queue()
+    arguments = (corpus, begun, waiting, results)
+    processes = [context.Process(target=prepare_in_turn, args=arguments, daemon=True) for _ in range(2)]
+    processes[0].start()
+    assert begun.wait(60)
+    processes[1].start()
+    lines, sums = zip(*(results.get(timeout=60) for _ in processes), strict=True)
     for process in processes:
         process.join()
-    assert sums == {int(data.prepare(corpus, VOCAB).train_tokens.astype(np.int64).sum())}
-    assert len(list(cache.iterdir())) == 1
+    assert sorted(lines) == [1, 5]  # one waited and made nothing
+    assert set(sums) == {int(np.asarray(data.prepare(corpus, VOCAB).train_tokens).astype(np.int64).sum())}
+    assert len(datasets(cache)) == 1
+
+
+def killed_after_two_shards(corpus: Path) -> None:
+    save = dataset_module._save_state
+
+    def save_and_die(folder, state, **finished):
+        save(folder, state, **finished)
+        if len(finished.get("train", {"shards": []})["shards"]) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    dataset_module._save_state = save_and_die
+    data.prepare(corpus, VOCAB)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_after_a_kill_the_next_call_goes_on_and_encodes_no_finished_shard_again(corpus, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_SHARD_TOKENS", 5000)
+    monkeypatch.setattr(dataset_module, "_PIECE_BYTES", 300)
+    monkeypatch.setattr(dataset_module, "_BATCH_BYTES", 1000)
+    process = multiprocessing.get_context("fork").Process(target=killed_after_two_shards, args=(corpus,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (partial,) = datasets(cache)
+    assert partial.name.startswith(".partial-")
+    finished = {name: (partial / name).stat().st_ino for name in ("train-00000.bin", "train-00001.bin")}
+
+    encoded, told = [], []
+    encode = dataset_module._encode
+
+    def counted(tokenizer, batch, *rest):
+        ids, ends = encode(tokenizer, batch, *rest)
+        encoded.append(len(ids))
+        return ids, ends
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "_encode", counted)
+        ds = data.prepare(corpus, VOCAB, progress=told.append)
+    assert [line.split(":")[0] for line in told] == ["encoding train", "encoding val"]
+    tokens = len(ds.train_tokens) + len(ds.val_tokens)
+    assert len(ds.train_tokens.shards) > 3
+    assert tokens - 10_000 <= sum(encoded) < tokens - 10_000 + 300  # of one piece the start is encoded again
+    assert {name: (ds.path / name).stat().st_ino for name in finished} == finished
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "another"))
+    assert contents(data.prepare(corpus, VOCAB).path) == contents(ds.path)
+    monkeypatch.setattr(dataset_module, "_SHARD_TOKENS", 1 << 27)
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "one shard"))
+    whole = data.prepare(corpus, VOCAB)
+    assert (np.asarray(whole.train_tokens) == np.asarray(ds.train_tokens)).all()
+    assert (np.asarray(whole.val_tokens) == np.asarray(ds.val_tokens)).all()
+
+
+def test_a_finished_dataset_that_was_not_yet_given_its_name_is_not_made_again(corpus, cache, monkeypatch):
+    def stop(partial, final):
+        for path in partial.glob("spool.*"):
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "_publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare(corpus, VOCAB)
+    monkeypatch.setattr(dataset_module, "_build", None)
+    ds = data.prepare(corpus, VOCAB)
+    assert datasets(cache) == [ds.path]
+
+
+def test_of_large_files_the_size_and_spaced_pieces_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_HASHED_BYTES", 1000)
+    monkeypatch.setattr(dataset_module, "_HASHED_PIECE_BYTES", 100)
+    content = bytearray(os.urandom(10_000))
+    path = tmp_path / "large"
+
+    def hashed():
+        path.write_bytes(content)
+        return dataset_module._file_hash(path)
+
+    first = hashed()
+    for position in (0, 99, 9_900, 9_999, 660):
+        content[position] ^= 1
+        assert hashed() != first
+        content[position] ^= 1
+    assert hashed() == first
+    content += b"x"
+    assert hashed() != first
 
 
 def test_the_cache_is_named_by_the_environment(corpus, tmp_path, monkeypatch):
@@ -322,76 +452,6 @@ def test_the_cache_is_named_by_the_environment(corpus, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert data.prepare(corpus, VOCAB).path.parent == tmp_path / "home" / ".cache" / "fastlm" / "data"
-
-
-# --- batches
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    ids = np.arange(10_000, dtype=np.uint16)
-
-    def starts(step, seed):
-        x, y = data.batch(ids, step, batch_size=16, seq_len=8, seed=seed)
-        assert x.shape == y.shape == (16, 8)
-        assert x.dtype == y.dtype == torch.int64
-        assert (x == x[:, :1] + torch.arange(8)).all()
-        assert (y == x + 1).all()
-        return tuple(x[:, 0].tolist())
-
-    in_order = [starts(step, 7) for step in range(20)]
-    assert [starts(step, 7) for step in reversed(range(20))] == in_order[::-1]
-    assert len(set(in_order)) == 20
-    assert len({s for step in in_order for s in step}) > 300  # consecutive steps do not repeat each other's windows
-    assert starts(0, 8) != in_order[0]
-
-
-def test_the_windows_of_a_step_are_the_same_in_every_version():
-    x, _ = data.batch(np.arange(1000, dtype=np.uint16), 3, batch_size=6, seq_len=4, seed=1)
-    assert x[:, 0].tolist() == [380, 684, 880, 864, 523, 769]
-
-
-def test_batches_reach_every_window_from_the_first_to_the_last():
-    ids = np.arange(12, dtype=np.uint16)
-    x, _ = data.batch(ids, 0, batch_size=500, seq_len=8, seed=0)
-    assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
-    x, y = data.batch(ids, 0, batch_size=2, seq_len=11, seed=0)
-    assert x[:, 0].tolist() == [0, 0]
-    assert y[:, -1].tolist() == [11, 11]
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_evaluation_scores_every_token_after_the_first_exactly_once(draw):
-    seq_len = draw.draw(st.integers(1, 20))
-    length = draw.draw(st.integers(seq_len + 1, 200))
-    overlap = draw.draw(st.integers(0, seq_len - 1))
-    batch_size = draw.draw(st.integers(1, 5))
-    ids = np.arange(1000, 1000 + length, dtype=np.uint16)
-    scored = []
-    for x, y in data.eval_batches(ids, batch_size=batch_size, seq_len=seq_len, overlap=overlap):
-        assert x.shape == y.shape
-        assert x.shape[0] <= batch_size
-        assert x.shape[1] == seq_len
-        counted = y != -100
-        assert (y[counted] == x[counted] + 1).all()
-        assert counted.any(dim=1).all()
-        assert counted[1:, :overlap].sum() == 0  # the context of a window is not scored again
-        scored += y[counted].tolist()
-    assert scored == list(range(1001, 1000 + length))
-
-
-def test_windows_that_do_not_fit_are_refused_before_any_work():
-    ids = np.arange(100, dtype=np.uint16)
-    for make in (
-        lambda **sizes: data.batch(ids, 0, seed=0, **sizes),
-        lambda **sizes: data.eval_batches(ids, **sizes),
-    ):
-        with pytest.raises(ValueError, match="100 tokens, seq_len 100 needs at least 101"):
-            make(batch_size=1, seq_len=100)
-        with pytest.raises(ValueError, match="at least 1, got 0 and 8"):
-            make(batch_size=0, seq_len=8)
-    with pytest.raises(ValueError, match="overlap must be from 0 to seq_len - 1 = 7, got 8"):
-        data.eval_batches(ids, batch_size=1, seq_len=8, overlap=8)
 
 
 # --- errors
@@ -424,7 +484,7 @@ def test_a_folder_or_file_without_text_is_named(tmp_path, cache, content):
     for given_path in {path, tmp_path / "folder"}:
         with pytest.raises(ValueError, match=f"no text in .*{given_path.name}"):
             data.prepare(given_path)
-    assert not cache.exists()
+    assert not cache.exists() or datasets(cache) == []
 
 
 @pytest.mark.parametrize(("text", "why"), [("x", "too small"), ("the same line over and over\n" * 500, "repeat")])
@@ -432,6 +492,7 @@ def test_a_text_without_a_validation_part_is_refused_with_the_reason(tmp_path, c
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(ValueError, match=f"no validation part .*a.txt .*{why}"):
         data.prepare(tmp_path / "a.txt")
+    assert datasets(cache) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="device files and pipes")
@@ -441,7 +502,7 @@ def test_pipes_and_dangling_links_in_a_folder_are_skipped_and_a_device_is_refuse
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path)
     read = data.read_corpus(tmp_path)
-    assert [d.name for d in read.documents] == ["a.txt"]
+    assert [d.name for d in read] == ["a.txt"]
     assert read.skipped == 2
     with pytest.raises(ValueError, match="neither a file nor a folder: /dev/null"):
         data.read_corpus("/dev/null")
@@ -519,13 +580,14 @@ def test_interrupted_baselines_leave_nothing(corpus, cache):
 
 def test_the_standard_library_is_a_corpus_of_sources_alone(cache):
     read = data.read_corpus()
-    assert len(read.documents) > 200
-    assert sum(len(d.text) for d in read.documents) > 4e6
-    for d in read.documents:
+    documents = list(read)
+    assert len(documents) > 200
+    assert sum(len(d.text) for d in documents) > 4e6
+    for d in documents:
         folders = d.name.split("/")[:-1]
         assert d.name.endswith(".py")
         assert not {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages"} & set(folders)
-    train, val, _ = read.split(0.08, 0)
+    train, val, _ = divide(documents, 0.08, 0)
     val_bytes = sum(len(d.text) for d in val)
     assert 0.05 < val_bytes / sum(len(d.text) for d in train) < 0.1
     assert max(len(d.text) for d in val) < 0.2 * val_bytes
@@ -538,4 +600,4 @@ def test_the_summary_tells_people_the_sizes(corpus, cache):
     assert f"{len(ds.train_tokens):,} tokens" in ds.summary
     assert "3 empty or not UTF-8" in ds.summary
     assert "\n" not in ds.summary
-    assert "1 file to validate" in dataclasses.replace(ds, val_files=1).summary
+    assert "1 document to validate" in dataclasses.replace(ds, val_documents=1).summary

@@ -130,7 +130,7 @@ def test_the_loss_is_the_cross_entropy_of_the_shifted_labels_in_float64(return_l
 
 def test_loss_of_shifted_targets_is_that_of_labels():
     model = make()
-    loss = model.loss(ids()[:, :-1], ids()[:, 1:])
+    loss = model(ids()[:, :-1], shift_labels=ids()[:, 1:]).loss
     torch.testing.assert_close(loss, model(ids(), labels=ids()).loss, rtol=1e-12, atol=0)
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,16 +16,31 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastlm
 from fastlm import data
-from fastlm.models import GPT, GPTConfig
+from fastlm.config import read_toml
+from fastlm.models import (
+    GPT,
+    BERTConfig,
+    BERTForMaskedLM,
+    BERTForSequenceClassification,
+    GPTConfig,
+)
 from fastlm.models.pretrained import read_tensors
-from fastlm.train import NonFiniteError, TrainConfig, Trainer, checkpoint
+from fastlm.train import Evaluation, NonFiniteError, TrainConfig, Trainer, checkpoint
+from fastlm.train.estimate import Estimate, saved_bytes
+from fastlm.train.memory import kept_memory
+from fastlm.train.optimizers import build_optimizers, step_unless
 
 MODEL = GPTConfig(vocab_size=31, max_seq_len=16, hidden_size=16, num_layers=2, num_heads=2, dropout=0.1)
 CONFIG = TrainConfig(
     steps=12, batch_size=2, seq_len=16, warmup_steps=3, log_every=4, eval_every=6, save_every=5, device="cpu"
 )
+
+
+LEFT = ["best", "checkpoint-12", "config.toml", "loss.png", "metrics.jsonl"]
 
 
 def tokens(n: int = 700, seed: int = 0) -> np.ndarray:
@@ -44,20 +60,22 @@ def trainer(folder=None, config: TrainConfig = CONFIG, model: GPTConfig = MODEL,
 
 def stop_after(trainer: Trainer, step: int, number: int = signal.SIGINT) -> None:
     """Have this very process receive a signal while it is in that step."""
-    train_step = trainer._train_step
+    train_step = trainer.train_step
 
     def stepped(lr_factor):
         train_step(lr_factor)
         if trainer.step == step:
             signal.raise_signal(number)
 
-    trainer._train_step = stepped
+    trainer.train_step = stepped
 
 
 def losses(folder) -> list[dict]:
     """The lines of metrics.jsonl without what is timed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "peak_memory")} for line in lines
+    ]
 
 
 # --- learning
@@ -80,9 +98,9 @@ def test_an_evaluation_scores_every_token_once():
     run.model.eval()
     total = 0.0
     with CONFIG.autocast(), torch.no_grad():
-        for x, y in data.eval_batches(run.eval_data, batch_size=1, seq_len=16):
-            logits = run.model(x).logits.double()
-            total += nn.functional.cross_entropy(logits[0], y[0], reduction="sum").item()
+        for batch in data.CausalLM(tokens(200, seed=1), 16).eval_batches(1):
+            logits = run.model(batch["input_ids"]).logits.double()
+            total += nn.functional.cross_entropy(logits[0], batch["shift_labels"][0], reduction="sum").item()
     assert found.loss == pytest.approx(total / 199, rel=2e-3)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert found.bits_per_byte == pytest.approx(found.loss * 199 / math.log(2) / 500)
@@ -113,6 +131,148 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert decays(run.optimizers["adamw"]) == {(frozenset(matrices), CONFIG.weight_decay), (others, 0.0)}
 
 
+@pytest.mark.parametrize(
+    "name", ["Adam", "adamax", "sgd", "rmsprop", "radam", "nadam", "adagrad", "adafactor", "rprop"]
+)
+def test_any_optimizer_of_torch_by_its_name_learns_and_goes_on_after_an_interruption(tmp_path, name):
+    config = dataclasses.replace(CONFIG, optimizer=name, lr=1e-2)
+    whole = trainer(tmp_path / "whole", config)
+    whole.train()
+    assert type(whole.optimizers[name.lower()]).__name__.lower() == name.lower()
+    assert whole.metrics.records[-2]["loss"] < whole.metrics.records[0]["loss"]
+    first = trainer(tmp_path / "parts", config)
+    stop_after(first, 7)
+    first.train()
+    second = trainer(tmp_path / "parts", config)
+    second.resume()
+    second.train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_options_of_the_optimizer_reach_it_and_wrong_ones_are_named():
+    sgd = dataclasses.replace(CONFIG, optimizer="sgd", optimizer_options={"momentum": 0.5, "nesterov": True})
+    assert trainer(config=sgd).optimizers["sgd"].param_groups[0]["momentum"] == 0.5
+    muon = dataclasses.replace(CONFIG, optimizer_options={"ns_steps": 2})
+    assert trainer(config=muon).optimizers["muon"].param_groups[0]["ns_steps"] == 2
+    wrong = dataclasses.replace(CONFIG, optimizer_options={"beta": 1})
+    with pytest.raises(ValueError, match=r"optimizer_options of muon must be of .*, got beta"):
+        build_optimizers(GPT(MODEL), wrong)
+
+
+def same(one: Trainer, two: Trainer, **tolerance) -> None:
+    """After one step of each."""
+    for run in (one, two):
+        run.train_step()
+    for p, q in zip(one.parameters, two.parameters, strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+
+
+SGD = dataclasses.replace(
+    CONFIG, optimizer="sgd", lr=1.0, warmup_steps=0, weight_decay=0.0, grad_clip=0.0, batch_size=7, dtype="fp32"
+)
+PLAIN = dataclasses.replace(MODEL, dropout=0.0)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 7])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(micro):
+    whole = trainer(config=SGD, model=PLAIN)
+    same(whole, trainer(config=dataclasses.replace(SGD, micro_batch_size=micro), model=PLAIN), rtol=1e-4, atol=1e-6)
+    assert whole._sums[0].item() > 3  # the loss is not divided
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_count_by_their_labels(micro):
+    random = np.random.default_rng(0)
+    examples = []
+    for n in (3, 14, 1, 9, 16, 2, 5):
+        ids = random.integers(31, size=n)
+        examples.append({"input_ids": ids, "labels": np.where(random.random(n) < 0.5, ids, -100)})
+    shape = BERTConfig(vocab_size=31, max_seq_len=16, hidden_size=16, num_layers=1, num_heads=2)
+    sides = []
+    for size in (None, micro):
+        torch.manual_seed(0)
+        config = dataclasses.replace(SGD, micro_batch_size=size)
+        sides.append(Trainer(BERTForMaskedLM(shape), config, data.Labelled(examples), quiet=True))
+    same(*sides, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
+    config = dataclasses.replace(SGD, checkpointing=True)
+    kept = []
+    for model in (MODEL, dataclasses.replace(MODEL, dropout=0.0)):
+        plain, checked = trainer(config=SGD, model=model), trainer(config=config, model=model)
+        inputs = plain.train_data.batch(0, 7, 0)
+        kept.append([saved_bytes(run.model, inputs, run.config.autocast()) for run in (plain, checked)])
+        torch.manual_seed(5), plain.train_step()
+        torch.manual_seed(5), checked.train_step()
+        for p, q in zip(plain.parameters, checked.parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert all(less < 0.5 * more for more, less in kept)
+
+
+def test_a_compiled_model_learns_the_same():
+    compiled = dataclasses.replace(SGD, compile=True)
+    same(trainer(config=SGD, model=PLAIN), trainer(config=compiled, model=PLAIN), rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_scales_the_loss_and_goes_on_after_an_interruption(tmp_path):
+    config = dataclasses.replace(CONFIG, dtype="fp16", optimizer="adamw")
+    whole = trainer(tmp_path / "whole", config)
+    whole.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)  # overflows at first
+    weights = [p.detach().clone() for p in whole.parameters]
+    whole.train_step()
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters, weights, strict=True))
+    assert whole.scaler.get_scale() == 2.0**39
+    whole = trainer(tmp_path / "whole", config)
+    whole.train()
+    assert whole.metrics.records[-2]["loss"] < whole.metrics.records[0]["loss"]
+    exact = trainer(config=dataclasses.replace(config, dtype="fp32"))
+    exact.train()
+    assert whole.metrics.records[-2]["grad_norm"] == pytest.approx(exact.metrics.records[-2]["grad_norm"], rel=0.1)
+    first = trainer(tmp_path / "parts", config)
+    stop_after(first, 7)
+    first.train()
+    second = trainer(tmp_path / "parts", config)
+    second.resume()
+    second.train()
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_of_a_classifier_the_evaluation_has_accuracy_precision_recall_and_f1():
+    random = np.random.default_rng(0)
+    examples = [{"input_ids": random.integers(31, size=5), "labels": int(i % 3 == 0)} for i in range(50)]
+    model = BERTForSequenceClassification(
+        BERTConfig(vocab_size=31, max_seq_len=16, hidden_size=16, num_layers=1, num_heads=2, num_labels=3)
+    )
+    learnt = data.Labelled(examples, num_classes=3)
+    config = dataclasses.replace(CONFIG, steps=60, lr=1e-2, optimizer="adamw", batch_size=8, eval_every=60)
+    run = Trainer(model, config, learnt, learnt, quiet=True)
+    found = run.train()
+    predicted = torch.cat([model(**inputs).logits.argmax(-1) for inputs in learnt.eval_batches(7)]).tolist()
+    labels = [example["labels"] for example in examples]
+    assert found.confusion == [
+        [sum(1 for p, q in zip(labels, predicted, strict=True) if (p, q) == (a, b)) for b in range(3)] for a in range(3)
+    ]
+    assert found.accuracy == pytest.approx(sum(p == q for p, q in zip(labels, predicted, strict=True)) / 50)
+    assert found.accuracy > 0.7
+    assert found.perplexity is None
+    scores = []
+    for c in sorted({*labels, *predicted}):
+        right = sum(p == q == c for p, q in zip(labels, predicted, strict=True))
+        scores.append(
+            (
+                right / max(1, predicted.count(c)),
+                right / max(1, labels.count(c)),
+                2 * right / (predicted.count(c) + labels.count(c)),
+            )
+        )
+    means = [sum(each) / len(scores) for each in zip(*scores, strict=True)]
+    assert [found.precision, found.recall, found.f1] == pytest.approx(means)
+    assert "accuracy" in str(found)
+    assert run.metrics.records[-1]["val_f1"] == found.f1
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_nothing(schedule):
     config = TrainConfig(steps=100, warmup_steps=9, schedule=schedule)
@@ -124,19 +284,37 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_nothing(schedule)
     assert factors[55] == pytest.approx(middle)
 
 
-def test_every_optimizer_follows_the_schedule_and_the_gradient_is_clipped():
+def test_wsd_stays_up_and_falls_at_the_end_and_constant_stays():
+    config = TrainConfig(steps=100, warmup_steps=9, schedule="wsd", decay_steps=10, min_lr=0.2)
+    factors = [config.lr_factor(step) for step in range(101)]
+    assert factors[9:91] == [1.0] * 82
+    assert factors[90:] == pytest.approx([1 - 0.08 * i for i in range(11)])
+    assert (
+        TrainConfig(steps=100, schedule="wsd").lr_factor(79)
+        == 1.0
+        > TrainConfig(steps=100, schedule="wsd").lr_factor(81)
+    )
+    assert TrainConfig(steps=100, warmup_steps=9, schedule="constant").lr_factor(99) == 1.0
+
+
+def test_every_optimizer_follows_the_schedule_and_the_gradient_is_clipped(monkeypatch):
     run = trainer(config=dataclasses.replace(CONFIG, grad_clip=1e-3))
     seen = []
     muon, adamw = run.optimizers.values()
-    step = muon.step
-    muon.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in run.parameters]).norm().item()) or step()
+
+    def stepped(skip, optimizer, divisor):
+        if optimizer is muon:
+            seen.append((torch.cat([p.grad.flatten() for p in run.parameters]) / divisor).norm().item())
+        step_unless(skip, optimizer, divisor)
+
+    monkeypatch.setattr("fastlm.train.trainer.step_unless", stepped)
     run.train()
-    assert max(seen) == pytest.approx(1e-3, rel=0.01)
-    assert run.records[0]["grad_norm"] > 0.01  # before it was clipped
+    assert seen == pytest.approx([1e-3] * 12, rel=0.01)
+    assert run.metrics.records[0]["grad_norm"] > 0.01  # before it was clipped
     last = CONFIG.lr_factor(11)
     assert muon.param_groups[0]["lr"] == pytest.approx(CONFIG.muon_lr * last)
     assert adamw.param_groups[0]["lr"] == pytest.approx(CONFIG.lr * last)
-    assert run.records[-2]["lr"] == pytest.approx(CONFIG.lr * last)
+    assert run.metrics.records[-2]["lr"] == pytest.approx(CONFIG.lr * last)
 
 
 # --- what a run leaves
@@ -144,13 +322,14 @@ def test_every_optimizer_follows_the_schedule_and_the_gradient_is_clipped():
 
 def test_a_run_leaves_its_configuration_metrics_curves_and_one_checkpoint(tmp_path):
     folder = tmp_path / "runs" / "one"
-    run = trainer(folder, baselines={"n-gram": 2.0}, source={"data": "here"})
+    run = trainer(folder, baselines={"n-gram": 2.0}, source={"path": "here", "column": None})
     evaluation = run.train()
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-12", "config.json", "loss.png", "metrics.jsonl"]
-    config = json.loads((folder / "config.json").read_text())
+    assert sorted(p.name for p in folder.iterdir()) == LEFT
+    config = read_toml(folder / "config.toml")
     assert TrainConfig.from_dict(config["train"]) == CONFIG
+    assert config["model"].pop("type") == "GPT"
     assert GPTConfig.from_dict(config["model"]) == MODEL
-    assert config["source"] == {"data": "here"}
+    assert config["data"] == {"path": "here"}
     lines = losses(folder)
     assert [(line["step"], "loss" in line) for line in lines] == [
         (4, True),
@@ -163,6 +342,99 @@ def test_a_run_leaves_its_configuration_metrics_curves_and_one_checkpoint(tmp_pa
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     model = GPT.from_pretrained(folder / "checkpoint-12")
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), run.model.parameters(), strict=True))
+
+
+def test_the_last_checkpoints_and_the_best_stay(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, eval_every=2, save_every=2, keep=2))
+    fixed = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    run.evaluate = lambda: Evaluation(next(fixed))
+    run.train()
+    assert sorted(path.name for path in checkpoint._checkpoints(tmp_path)) == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "checkpoint-4",
+    ]
+    assert (tmp_path / "best").resolve().name == "checkpoint-4"
+    GPT.from_pretrained(tmp_path / "best")
+
+
+def test_a_better_evaluation_is_saved_between_checkpoints(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, eval_every=3, save_every=0))
+    fixed = iter([3.0, 2.0, 2.5, 2.6])
+    run.evaluate = lambda: Evaluation(next(fixed))
+    run.train()
+    assert sorted(path.name for path in checkpoint._checkpoints(tmp_path)) == ["checkpoint-12", "checkpoint-6"]
+    assert (tmp_path / "best").resolve().name == "checkpoint-6"
+
+
+def test_a_run_stops_when_its_patience_is_over_and_resumes_to_its_result(tmp_path):
+    config = dataclasses.replace(CONFIG, eval_every=2, save_every=0, patience=2)
+    run = trainer(tmp_path, config)
+    fixed = iter([3.0, 2.0, 2.5, 2.6, 1.0, 1.0])
+    run.evaluate = lambda: Evaluation(next(fixed))
+    assert run.train().loss == 2.6
+    assert run.step == 8
+    assert not run.interrupted
+    again = trainer(tmp_path, config)
+    again.resume()
+    assert again.train().loss == 2.6
+    assert again.step == 8
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, tensorboard=True))
+    run.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [record for record in run.metrics.records if "loss" in record]
+    assert [event.step for event in events.Scalars("loss")] == [record["step"] for record in logged]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([record["loss"] for record in logged])
+    assert "val_loss" in events.Tags()["scalars"]
+
+
+def test_the_estimate_is_what_a_step_keeps_and_does():
+    run = trainer(config=dataclasses.replace(CONFIG, dtype="fp32"))
+    inputs = run.train_data.batch(0, 2, 0)
+    before = torch.get_rng_state()
+    found = Estimate.of(run.model, inputs, run.optimizers, run.config.autocast(), tokens=320, seq_len=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    run.train_step()
+    state = [
+        t for each in run.optimizers.values() for fields in each.state.values() for t in fields.values() if t.dim()
+    ]
+    assert found.optimizer == sum(t.nbytes for t in state)
+    assert found.weights == found.gradients == sum(p.nbytes for p in run.parameters)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run.model.train()(**inputs).loss
+    own = {p.untyped_storage()._cdata for p in run.parameters}
+    assert found.activations == pytest.approx(
+        sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own), rel=0.02
+    )
+    del loss
+    with FlopCounterMode(display=False) as counter, fastlm.use_backend("native"):
+        run.model(**inputs).loss.backward()
+    causal = 6 * MODEL.num_layers * MODEL.hidden_size * 16  # a counter takes every token to see every other
+    assert found.flops_per_token == pytest.approx(counter.get_total_flops() / 32 - causal, rel=0.1)
+
+
+def test_memory_that_is_freed_stays_while_a_model_trains():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(1 << 22)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with kept_memory(torch.device("cpu")):
+        faults()
+        kept = faults()
+    assert faults() > 1000 + 20 * kept  # as it was before
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -248,13 +520,13 @@ def test_a_finished_run_resumes_to_its_result(tmp_path):
 
 def test_resuming_another_configuration_is_refused_with_the_differences(tmp_path):
     trainer(tmp_path).train()
-    other = trainer(tmp_path, dataclasses.replace(CONFIG, steps=20, lr=0.5), source={"data": "elsewhere"})
+    other = trainer(tmp_path, dataclasses.replace(CONFIG, steps=20, lr=0.5), source={"path": "elsewhere"})
     with pytest.raises(ValueError) as caught:
         other.resume()
     message = str(caught.value)
     assert message.endswith(
-        "is of another run: train steps was 12 and is 20; train lr was 0.012 and is 0.5; "
-        "source data was None and is 'elsewhere'"
+        "is of another run: data path was None and is 'elsewhere'; train steps was 12 and is 20; "
+        "train lr was 0.012 and is 0.5"
     )
 
 
@@ -283,23 +555,69 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+def broken_at(run: Trainer, steps, when: str = "loss") -> None:
+    """The loss, or the gradient alone, is not a number in these steps."""
+    forward = run._forward
+
+    def broken(**inputs):
+        output = forward(**inputs)
+        if run.step not in steps or not torch.is_grad_enabled():
+            return output
+        bad = output.loss * math.nan if when == "loss" else output.loss + (run.model.head_weight.sum() * 0).sqrt()
+        return output._replace(loss=bad)
+
+    run._forward = broken
+
+
+def weights_and_state(run: Trainer) -> list[torch.Tensor]:
+    state = [t for each in run.optimizers.values() for fields in each.state.values() for t in fields.values()]
+    return [tensor.detach().clone() for tensor in (*run.model.parameters(), *state)]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd", "rmsprop", "nadam"])
 @pytest.mark.parametrize("when", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, when):
-    run = trainer(tmp_path, dataclasses.replace(CONFIG, log_every=10))
-    loss = run.model.loss
+def test_a_step_whose_loss_or_gradient_is_not_finite_changes_nothing_and_is_counted(when, optimizer):
+    run = trainer(config=dataclasses.replace(CONFIG, optimizer=optimizer))
+    broken_at(run, (6,), when)
+    train_step, seen = run.train_step, {}
 
-    def broken(x, y):
-        value = loss(x, y)
-        if run.step != 9:
-            return value
-        return value * math.nan if when == "loss" else value + (run.model.head_weight.sum() * 0).sqrt()
+    def stepped(lr_factor):
+        train_step(lr_factor)
+        seen[run.step] = weights_and_state(run)
 
-    run.model.loss = broken
-    with pytest.raises(NonFiniteError, match=r"between steps 0 and 10: .*the last checkpoint is .*checkpoint-5"):
+    run.train_step = stepped
+    run.train()
+    assert all(torch.equal(one, two) for one, two in zip(seen[6], seen[7], strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(seen[7], seen[8], strict=True))
+    lines = [line for line in run.metrics.records if "lr" in line]
+    assert [line.get("skipped", 0) for line in lines] == [0, 1, 0]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_weights_and_a_state_that_serves():
+    run = trainer(config=dataclasses.replace(CONFIG, optimizer="rmsprop"))
+    before = [p.detach().clone() for p in run.parameters]
+    broken_at(run, (0,))
+    run.train_step(1.0)
+    assert all(torch.equal(one, two) for one, two in zip(run.parameters, before, strict=True))
+    run.train_step(1.0)
+    assert all(tensor.isfinite().all() for tensor in weights_and_state(run))
+
+
+def test_many_such_steps_in_a_row_stop_and_keep_the_last_checkpoint(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, log_every=2, max_skipped=3))
+    broken_at(run, (2, 3, 5, 6, 7))
+    with pytest.raises(NonFiniteError, match=r"last 3 steps, up to step 8;.*the last checkpoint is .*checkpoint-6"):
         run.train()
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-5"]
-    weights = read_tensors(tmp_path / "checkpoint-5" / "model.safetensors")
+    weights = read_tensors(tmp_path / "checkpoint-6" / "model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_steps_that_were_skipped_are_told(capsys):
+    run = trainer(quiet=False)
+    broken_at(run, (1, 2))
+    run.train()
+    assert "step 4: 2 of the last 4 steps skipped, loss or gradient not finite" in capsys.readouterr().out
 
 
 # --- kills
@@ -344,7 +662,7 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_last_checkpoint_whole(tmp_pat
     again.resume()
     assert again.step == last
     again.train()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-12", "config.json", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == LEFT
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -378,10 +696,15 @@ def test_the_checkpoint_of_the_highest_step_is_the_latest(tmp_path):
     [
         ("steps", 0, "steps must be at least 1, got 0"),
         ("batch_size", 2.5, "batch_size must be an integer, got 2.5"),
-        ("optimizer", "sgd", "optimizer must be one of 'muon', 'adamw', got 'sgd'"),
         ("lr", -1.0, "lr must be at least 0 and finite, got -1.0"),
         ("lr", math.nan, "lr must be at least 0 and finite, got nan"),
-        ("dtype", "fp16", "dtype must be one of 'auto', 'bf16', 'fp32', got 'fp16'"),
+        ("dtype", "fp8", "dtype must be one of 'auto', 'bf16', 'fp16', 'fp32', got 'fp8'"),
+        ("optimizer", "sdg", r"optimizer must be one of .*sgd.*; did you mean sgd\?, got 'sdg'"),
+        ("optimizer", "lbfgs", "optimizer must be one of .*, got 'lbfgs'"),
+        ("micro_batch_size", 0, "micro_batch_size must be at least 1, or None, got 0"),
+        ("schedule", "up", "schedule must be one of 'linear', 'cosine', 'constant', 'wsd', got 'up'"),
+        ("min_lr", 2.0, "min_lr must be from 0 to 1, got 2.0"),
+        ("optimizer_options", 3, "optimizer_options must be a table of names and values, got 3"),
         ("device", "gpu", "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("device", "cuda:99", "device must be one that is here"),
         ("save_every", -1, "save_every must be at least 0, got -1"),
@@ -408,7 +731,7 @@ def test_sequences_longer_than_the_models_are_refused():
 
 
 def test_a_text_shorter_than_a_sequence_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="the text is too small: 16 tokens, seq_len 16 needs at least 17"):
+    with pytest.raises(ValueError, match="CausalLM: the text is too small: 16 tokens, seq_len 16 needs at least 17"):
         Trainer(GPT(MODEL), CONFIG, tokens(), tokens(16), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -2,25 +2,34 @@
 
 Example:
     ds = data.prepare()  # the running Python's standard library; prepare("folder") for any other text
-    x, y = data.batch(ds.train_tokens, step=0, batch_size=8, seq_len=256, seed=0)
-    for x, y in data.eval_batches(ds.val_tokens, batch_size=8, seq_len=256): ...
+    ds = data.prepare("pages.jsonl.gz", tokenizer="wordpiece", strip_html=True, normalize="NFKC", deduplicate=True)
+    learn = data.CausalLM(ds.train_tokens, seq_len=256)  # or MaskedLM, or Labelled
+    model(**learn.batch(0, 8, seed=0)).loss  # examples 0 to 7
     data.baselines(ds)  # what an n-gram model and xz need for the same bytes
 """
 
 from .baseline import baselines
 from .collate import collate
+from .config import DataConfig
 from .corpus import Corpus, Document, read_corpus
-from .tokens import EOS_TOKEN, Dataset, batch, eval_batches, load_tokenizer, prepare
+from .dataset import Dataset, prepare
+from .objectives import CausalLM, Labelled, MaskedLM, Objective
+from .tokenizer import EOS_TOKEN, load_tokenizer
+from .tokens import Tokens
 
 __all__ = [
     "EOS_TOKEN",
+    "CausalLM",
     "Corpus",
+    "DataConfig",
     "Dataset",
     "Document",
+    "Labelled",
+    "MaskedLM",
+    "Objective",
+    "Tokens",
     "baselines",
-    "batch",
     "collate",
-    "eval_batches",
     "load_tokenizer",
     "prepare",
     "read_corpus",

@@ -17,14 +17,13 @@ from pathlib import Path
 from threading import Event
 
 from ..models.ngram import NGram
-from .tokens import Dataset
+from .dataset import Dataset
 
 __all__ = ["baselines"]
 
 _VERSION = 1  # stands in the cached figures: raise it when they would come out differently
 _NAMES = ("ngram", "xz", "xz_given_train")
 _ORDER = 6
-_MAX_TRAIN_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 18
 
 
@@ -35,15 +34,15 @@ def baselines(dataset: Dataset, progress: Callable[[str], None] | None = None) -
         xz               8 C(val) / len(val)
         xz_given_train   8 (C(train + val) - C(train)) / len(val)
 
-    xz is at its best preset (`-9e`), its window as long as the text. Of a training text above 16 MiB only the last
-    16 MiB are used. The first call takes some seconds; the figures are then kept beside the dataset. `progress` is
+    xz is at its best preset (`-9e`), its window as long as the text. The training text is `Dataset.train_text()`: its
+    last 16 MiB. The first call takes some seconds; the figures are then kept beside the dataset. `progress` is
     called with a line per stage.
     """
     kept = dataset.path / "baselines.json"
     figures = _read(kept)
     if figures is None:
         tell = progress or (lambda line: None)
-        train, val = dataset.train_text()[-_MAX_TRAIN_BYTES:], dataset.val_text()
+        train, val = dataset.train_text(), dataset.val_text()
         cancelled = Event()
         with ThreadPoolExecutor(2) as pool:
             try:

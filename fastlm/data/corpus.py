@@ -1,105 +1,167 @@
-"""From a folder of text to a training part and a validation part that do not share their text.
+"""From folders, files and iterables to documents, one at a time, so that a corpus may be larger than memory.
 
 The default corpus is the source code of the running Python's standard library: real text that every machine has.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import gzip
+import io
+import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
-__all__ = ["Corpus", "Document", "read_corpus"]
+__all__ = ["Corpus", "Document", "read_corpus", "utf8"]
 
 _NOT_IN_STDLIB = frozenset(
     ("test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data", "site-packages", "dist-packages")
 )
-_LONG_LINE = 20  # bytes after stripping; shorter lines (`return None`) are shared by any two texts
-_MAX_SHARED = 0.2
-_MAX_VALIDATION_BYTES = 8 << 20  # more than this makes every evaluation slower and the figure hardly steadier
+_PART_BYTES = 32 << 20  # a larger text file is several documents
+_MAX_HASHED_BYTES = 1 << 30  # of a larger corpus the names, sizes and times stand for the content
+_COMPRESSED = (".txt", ".jsonl", ".csv", ".tsv")  # read through gzip when .gz follows
 
 
 class Document(NamedTuple):
-    """One text: its path relative to the corpus, with forward slashes, and its UTF-8 bytes."""
+    """One text: its path relative to the corpus, with forward slashes, and its UTF-8 bytes.
+
+    A row's name is `file.csv:17`, of the line it starts at (parquet: the row's number, from 1), the name of a part of
+    a large text file likewise, that of a string in an iterable its index.
+    """
 
     name: str
     text: bytes
 
 
-@dataclass(frozen=True)
 class Corpus:
-    """Documents sorted by name, where they came from, and how many files were empty or not text."""
+    """The documents of some text, in order of their files' names; every iteration reads them again.
 
-    source: str
-    documents: list[Document]
-    skipped: int
+    `source` says for people where they come from. `skipped` counts, after an iteration, the files that were empty or
+    not text and the rows that were blank or null; `done` is the share that is read, or None where that is not known.
+    """
 
-    def split(self, fraction: float, seed: int) -> tuple[list[Document], list[Document], int]:
-        """(training documents, validation documents, number of documents dropped from validation).
+    def __init__(self, source: str, root: Path, paths: list[Path], text_column: str) -> None:
+        self.source = source
+        self.skipped = 0
+        self.done: float | None = 0.0
+        self._files = sorted((p.relative_to(root).as_posix(), p) for p in paths)
+        self._column = text_column
 
-        Whole files are drawn for validation in an order given by a hash of (seed, name), whatever the order the
-        folder is read in, until they hold `fraction` of the bytes, at most 8 MiB. Files above an eighth of that are
-        drawn only when the small ones do not suffice, so that no single file decides the score. Where files are too
-        few or too large to draw from, the last lines of each are the validation part.
+    def __iter__(self) -> Iterator[Document]:
+        """Raises ValueError for a row without the text, a malformed line, a file that cannot be read, naming it."""
+        self.skipped, self.done = 0, 0.0
+        sizes = [path.stat().st_size if path.is_file() else 0 for _, path in self._files]
+        before, total = 0, max(sum(sizes), 1)
+        for (name, path), size in zip(self._files, sizes, strict=True):
 
-        A validation document is dropped when over 20% of its long lines (20 bytes or more) stand in the training
-        part too; one without any long line counts as a single line. Raises ValueError when nothing is left.
-        """
-        total = sum(len(d.text) for d in self.documents)
-        target = min(int(fraction * total), _MAX_VALIDATION_BYTES)
-        order = sorted(self.documents, key=lambda d: blake2b(_utf8(f"{seed}\0{d.name}")).digest())
-        for largest in (target // 8, target):
-            val = _draw(order, target, largest)
-            if 2 * sum(len(d.text) for d in val) >= target > 0:
-                drawn = {d.name for d in val}
-                train = [d for d in self.documents if d.name not in drawn]
-                break
-        else:
-            cuts = [_cut(d, 1 - target / total) for d in self.documents]
-            train = [head for head, _ in cuts if head.text]
-            val = [tail for _, tail in cuts if tail.text.strip()]
-        kept = _without_shared(train, val)
-        if not kept:
-            why = "its files repeat each other" if val else "too small"
-            raise ValueError(f"data: no validation part can be split from {self.source} ({total:,} bytes): {why}")
-        return train, kept, len(val) - len(kept)
+            def at(position: int, before: int = before) -> None:
+                self.done = (before + position) / total
+
+            try:
+                for document_name, text in _read(name, path, self._column, at):
+                    encoded = _encode(text)
+                    if encoded is None:
+                        self.skipped += 1
+                    else:
+                        yield Document(document_name, encoded)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"data: {path} cannot be read: {error}") from None
+            before += size
+        self.done = 1.0
+
+    def digest(self) -> bytes:
+        """A hash of the files' names and contents; above 1 GiB in total of their names, sizes and times."""
+        digest = blake2b(digest_size=16)
+        files = [(name, path, path.stat()) for name, path in self._files if path.is_file()]
+        by_content = sum(stat.st_size for _, _, stat in files) <= _MAX_HASHED_BYTES
+        for name, path, stat in files:
+            digest.update(utf8(f"{name}\0{stat.st_size}\0" + ("" if by_content else f"{stat.st_mtime_ns}\0")))
+            if by_content and os.access(path, os.R_OK):
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        return digest.digest()
 
 
-def read_corpus(data: str | Path | None = None) -> Corpus:
-    """Read the text under `data`: a folder (recursive), one text file, or None for Python's standard library.
+class Strings(Corpus):
+    """An iterable of strings, read once; None and blank ones are skipped.
 
-    A file is text when it decodes as UTF-8, holds no zero byte and is not blank; others are skipped and counted.
+    `digest` is that of what was read, `failure` the OSError of the iterable itself that ended the reading.
+    """
+
+    def __init__(self, strings: Iterable[str | None]) -> None:
+        super().__init__("an iterable of strings", Path(), [], "")
+        self.done = None
+        self.failure: OSError | None = None
+        self._strings = strings
+        self._digest = blake2b(digest_size=16)
+
+    def __iter__(self) -> Iterator[Document]:
+        """Raises TypeError for an element that is neither a string nor None."""
+        try:
+            for i, text in enumerate(self._strings):
+                if text is not None and not isinstance(text, str):
+                    raise TypeError(f"data: an iterable must hold strings, got {type(text).__name__} (element {i:,})")
+                encoded = _encode(text)
+                self._digest.update(b"\0" if encoded is None else b"%d " % len(encoded) + encoded)
+                if encoded is None:
+                    self.skipped += 1
+                else:
+                    yield Document(str(i), encoded)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+
+def read_corpus(data: str | Path | Iterable[str] | None = None, text_column: str = "text") -> Corpus:
+    """The text of `data`: a folder (recursive), one file, an iterable of strings, or None for Python's own library.
+
+    By the end of their names, files are: `.jsonl`, an object a line, of which `text_column` is the text, or a line that
+    is a JSON string; `.csv` and `.tsv`, with a header; `.parquet`, by the library pyarrow; any other: one text. Those
+    of `.txt`, `.jsonl`, `.csv` and `.tsv` may be compressed (`.jsonl.gz`).
+
+    A file is text when it decodes as UTF-8, holds no zero byte and is not blank; others are skipped and counted, and so
+    are rows that are blank, null or not Unicode. Text files above 32 MiB are read as several documents of whole lines.
     Hidden files and folders and `__pycache__` are not looked at, links to folders not followed.
 
-    Raises FileNotFoundError for a path that does not exist and ValueError where there is no text.
+    Raises FileNotFoundError for a path that does not exist, TypeError for bytes, ValueError for what is neither a file
+    nor a folder.
     """
+    if isinstance(data, (bytes, bytearray)):
+        raise TypeError("data: must be a path, an iterable of strings or None, got bytes")
     if data is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         source = f"the Python {sys.version_info[0]}.{sys.version_info[1]} standard library"
         paths = [p for p in _files(root, _NOT_IN_STDLIB) if p.suffix == ".py"] if root.is_dir() else []
         if not paths:
             raise FileNotFoundError(f"data: this Python has no library sources in {root}: name a folder of text")
-    else:
-        root = Path(data)
-        source = str(root)
-        if not root.exists():
-            raise FileNotFoundError(f"data: no such file or folder: {root}")
-        if root.is_dir():
-            paths = list(_files(root))
-        elif root.is_file():
-            paths, root = [root], root.parent
-        else:
-            raise ValueError(f"data: neither a file nor a folder: {source}")
-    texts = [(p.relative_to(root).as_posix(), _read_text(p)) for p in paths]
-    documents = sorted(Document(name, text) for name, text in texts if text is not None)
-    if not documents:
-        raise ValueError(f"data: no text in {source} (files that are empty or not UTF-8 text: {len(texts)})")
-    return Corpus(source, documents, len(texts) - len(documents))
+        return Corpus(source, root, paths, text_column)
+    if not isinstance(data, (str, os.PathLike)):
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data: must be a path, an iterable of strings or None, got {type(data).__name__}")
+        return Strings(data)
+    root = Path(data)
+    if not root.exists():
+        raise FileNotFoundError(f"data: no such file or folder: {root}")
+    if root.is_dir():
+        return Corpus(str(root), root, list(_files(root)), text_column)
+    if not root.is_file():
+        raise ValueError(f"data: neither a file nor a folder: {root}")
+    return Corpus(str(root), root.parent, [root], text_column)
+
+
+def utf8(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
 def _files(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -108,46 +170,167 @@ def _files(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]
         yield from (Path(folder, n) for n in names if not n.startswith("."))
 
 
-def _read_text(path: Path) -> bytes | None:
-    if not path.is_file():  # a dangling link, a socket, a pipe that would block
-        return None
+def _encode(text: str | bytes | None) -> bytes | None:
+    """As UTF-8; None for a text that is null, blank or not Unicode (a lone surrogate)."""
     try:
-        text = path.read_bytes()
-        text.decode()
-    except (PermissionError, UnicodeDecodeError):
+        encoded = text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError:
         return None
-    return text if text.strip() and b"\0" not in text else None
+    return encoded if encoded and not encoded.isspace() else None
 
 
-def _utf8(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+def _read(name: str, path: Path, column: str, at: Callable[[int], None]) -> Iterator[tuple[str, str | bytes | None]]:
+    """Names and texts of the documents of a file, None for one to be skipped. `at` is told how many bytes are read."""
+    if not path.is_file():  # a dangling link, a socket, a pipe that would block
+        yield name, None
+        return
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        yield from _parquet_rows(name, path, column, at)
+        return
+    inner = Path(path.stem).suffix.lower()
+    compressed = kind == ".gz" and inner in _COMPRESSED
+    if compressed:
+        kind = inner
+    try:
+        raw = open(path, "rb")  # noqa: SIM115 - closed below
+    except PermissionError:
+        yield name, None
+        return
+    with raw, gzip.open(raw) if compressed else raw as file:
+        stream = cast("IO[bytes]", file)
+        if kind not in (".jsonl", ".csv", ".tsv"):
+            yield from _text_parts(name, stream, lambda: at(raw.tell()))
+            return
+        rows = _json_rows(name, stream, column) if kind == ".jsonl" else _csv_rows(name, stream, column, kind)
+        empty = True
+        for i, row in enumerate(rows):
+            empty = False
+            if i % 256 == 0:
+                at(raw.tell())
+            yield row
+        if empty:
+            yield name, None
 
 
-def _draw(order: list[Document], target: int, largest: int) -> list[Document]:
-    drawn, size = [], 0
-    for document in order:
-        if len(document.text) <= min(largest, target - size):
-            drawn.append(document)
-            size += len(document.text)
-    return sorted(drawn)
+def _text_parts(name: str, file: IO[bytes], tell: Callable[[], None]) -> Iterator[tuple[str, bytes | None]]:
+    if not _is_text(file):
+        yield name, None
+        return
+    file.seek(0)
+    rest, line = b"", 1
+    while part := rest + file.read(_PART_BYTES - len(rest)):
+        tell()
+        whole = len(part) < _PART_BYTES and line == 1
+        cut = len(part) if len(part) < _PART_BYTES else whole_lines(part)
+        part, rest = part[:cut], part[cut:]
+        yield name if whole else f"{name}:{line}", part
+        line += part.count(b"\n")
 
 
-def _cut(document: Document, share: float) -> tuple[Document, Document]:
-    """Cut after the line that contains the given share of the text, or inside it where it is the last."""
-    text = document.text.decode()
-    middle = round(share * len(text))
-    end_of_line = text.find("\n", middle) + 1
-    cut = end_of_line if 0 < end_of_line < len(text) else middle
-    return Document(document.name, text[:cut].encode()), Document(document.name, text[cut:].encode())
+def _is_text(file: IO[bytes]) -> bool:
+    """Whether a file is UTF-8 without a zero byte, and not empty."""
+    decoder, empty = codecs.getincrementaldecoder("utf-8")(), True
+    try:
+        while block := file.read(1 << 20):
+            empty = False
+            if b"\0" in block:
+                return False
+            decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return not empty
 
 
-def _long_lines(document: Document) -> list[bytes]:
-    stripped = [line.strip() for line in document.text.splitlines()]
-    return [line for line in stripped if len(line) >= _LONG_LINE] or [document.text.strip()]
+def whole_lines(text: bytes) -> int:
+    """Where to cut a text that goes on: after its last line end, else before its last character."""
+    cut = text.rfind(b"\n") + 1
+    if cut == 0:
+        cut = len(text) - 1
+        while cut > 1 and text[cut] & 0xC0 == 0x80:
+            cut -= 1
+    return cut
 
 
-def _without_shared(train: list[Document], val: list[Document]) -> list[Document]:
-    lines_of = {d: _long_lines(d) for d in val}
-    wanted = {line for lines in lines_of.values() for line in lines}
-    shared = {line for d in train for line in _long_lines(d) if line in wanted}
-    return [d for d, lines in lines_of.items() if sum(line in shared for line in lines) <= _MAX_SHARED * len(lines)]
+def _json_rows(name: str, file: IO[bytes], column: str) -> Iterator[tuple[str, str | None]]:
+    for number, line in enumerate(file, 1):
+        where = f"{name}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            yield where, None
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"data: {where} is not JSON: {error}") from None
+        if isinstance(row, dict):
+            if column not in row:
+                _no_column(where, column, row)
+            row = row[column]
+        if row is not None and not isinstance(row, str):
+            raise ValueError(f"data: {where}: the text must be a string or null, got {type(row).__name__}")
+        yield where, row
+
+
+def _csv_rows(name: str, file: IO[bytes], column: str, kind: str) -> Iterator[tuple[str, str | None]]:
+    # what is not UTF-8 becomes lone surrogates, so that the line it stands in is known
+    lines = io.TextIOWrapper(cast("Any", file), "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # the whole process's
+    number = 1
+    try:
+        header = next(rows, None)
+        if header is None:
+            return
+        if column not in header:
+            _no_column(f"{name}:1", column, header)
+        index = header.index(column)
+        number = rows.line_num + 1
+        for row in rows:
+            where, number = f"{name}:{number}", rows.line_num + 1
+            if not row:
+                yield where, None
+                continue
+            if len(row) != len(header):
+                raise ValueError(f"data: {where} has {len(row)} fields, the header has {len(header)}")
+            try:
+                row[index].encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"data: {where} is not UTF-8") from None
+            yield where, row[index]
+    except csv.Error as error:
+        raise ValueError(f"data: {name}:{number} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+        lines.detach()  # the file is closed by who opened it
+
+
+def _parquet_rows(name: str, path: Path, column: str, at: Callable[[int], None]) -> Iterator[tuple[str, str | None]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("data: the pyarrow library is missing: pip install fastlm[parquet]") from None
+    size, number = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                _no_column(name, column, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                at(size * number // max(file.metadata.num_rows, 1))
+                for value in batch.column(0):
+                    number += 1
+                    text = value.as_py()
+                    if text is not None and not isinstance(text, str):
+                        raise ValueError(f"data: {name}:{number}: {column!r} is {batch.column(0).type}, not a string")
+                    yield f"{name}:{number}", text
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {name} is not parquet that can be read (row {number + 1}): {error}") from None
+    if number == 0:
+        yield name, None
+
+
+def _no_column(where: str, column: str, columns: Iterable[Any]) -> NoReturn:
+    raise ValueError(f"data: {where} has no column {column!r} (text_column), it has {', '.join(map(str, columns))}")

@@ -175,6 +175,11 @@ class BERTModel(Pretrained):
         else:
             nn.init.ones_(parameter)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """As the base has it, and the last layer of the 15% of the tokens that are masked."""
+        masked = 0.15 * self.config.vocab_size * self.config.hidden_size if hasattr(self, "mlm") else 0.0
+        return super().flops_per_token(seq_len) + 6 * masked
+
     @classmethod
     def read_more(cls, values: dict[str, Any]) -> dict[str, Any]:
         labels = values.get("num_labels", len(values.get("id2label") or {}) or 2)
@@ -259,7 +264,7 @@ class BERT(BERTModel):
         x = nn.functional.dropout(x, self.config.dropout, self.training)
         attentions: list[Tensor] | None = [] if output_attentions else None
         for block in self.blocks:
-            x = block(x, packing, mask_B11T, attentions)
+            x = self.through(block, x, packing, mask_B11T, attentions)
         return Encoded(x, packing, None if attentions is None else tuple(attentions))
 
     def pool(self, encoded: Encoded) -> Tensor:
@@ -280,7 +285,8 @@ class BERT(BERTModel):
                 continue
             if ids.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"BERT: {name} must be int64 or int32, got {ids.dtype}")
-            if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            plain = type(ids) is Tensor and not torch.compiler.is_compiling()  # its values can be looked at
+            if plain and ids.device.type == "cpu" and ids.numel():
                 for bound in ids.aminmax():
                     if not 0 <= bound < size:
                         raise IndexError(f"BERT: {name} must be from 0 to {size - 1}, got {bound}")
@@ -300,7 +306,13 @@ class MaskedLMHead(nn.Module):
         return self.norm(None, self.activation(self.dense(x)))[0]
 
     def forward(
-        self, encoded: Encoded, weight_VC: Tensor, shape: torch.Size, labels: Tensor | None, return_logits: bool | None
+        self,
+        encoded: Encoded,
+        weight_VC: Tensor,
+        shape: torch.Size,
+        labels: Tensor | None,
+        labelled: Tensor | None,
+        return_logits: bool | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The loss, with labels, and the logits (B, T, V), which are formed without labels or if they are asked for."""
         if labels is not None and labels.shape != shape:
@@ -308,17 +320,22 @@ class MaskedLMHead(nn.Module):
             raise ValueError(f"BERT: labels must have the shape of input_ids, {need}, got {got}")
         loss = logits = None
         if labels is not None:
-            loss = self.loss(encoded, labels, weight_VC)
+            loss = self.loss(encoded, labels, labelled, weight_VC)
         if labels is None if return_logits is None else return_logits:
             logits = F.linear(self.transform(encoded.padded(*shape)), weight_VC, self.bias)
         return loss, logits
 
-    def loss(self, encoded: Encoded, labels_BT: Tensor, weight_VC: Tensor) -> Tensor:
+    def loss(self, encoded: Encoded, labels_BT: Tensor, labelled: Tensor | None, weight_VC: Tensor) -> Tensor:
         """Mean over the tokens that have a label; the others are left out before anything is computed."""
-        labels_N = labels_BT.flatten() if encoded.packing is None else labels_BT.flatten()[encoded.packing.indices_N]
-        labelled = (labels_N != IGNORED).nonzero().flatten()
-        x = self.transform(encoded.x.flatten(0, -2)[labelled])
-        return F.linear_cross_entropy(x, weight_VC, labels_N[labelled], linear_bias=self.bias)
+        if labelled is None:
+            labelled = (labels_BT.flatten() != IGNORED).nonzero().flatten()
+        targets, places = labels_BT.flatten()[labelled], labelled
+        if encoded.packing is not None:  # a label at padding has no token
+            indices_N = encoded.packing.indices_N
+            places = torch.searchsorted(indices_N, labelled).clamp(max=len(indices_N) - 1)
+            targets = targets.where(indices_N[places] == labelled, IGNORED)
+        x = self.transform(encoded.x.flatten(0, -2)[places])
+        return F.linear_cross_entropy(x, weight_VC, targets, linear_bias=self.bias)
 
 
 class BERTForMaskedLM(BERTModel):
@@ -338,15 +355,18 @@ class BERTForMaskedLM(BERTModel):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_logits: bool | None = None,
+        *,
+        labelled: Tensor | None = None,
         **options: Any,
     ) -> BERTHeadOutput:
         """Logits (B, T, V); with `labels` (B, T), -100 where there is none, the loss, and logits only if asked for.
 
+        `labelled` is where labels are among the B * T, int64 and rising, which on a GPU finding out waits for.
         `options` are BERT's.
         """
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, **options)
         weight_VC = self.bert.token_embedding.weight
-        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, return_logits)
+        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, labelled, return_logits)
         return BERTHeadOutput(loss, logits, encoded.attentions)
 
 
@@ -369,13 +389,15 @@ class BERTForPreTraining(BERTModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         return_logits: bool | None = None,
+        *,
+        labelled: Tensor | None = None,
         **options: Any,
     ) -> BERTForPreTrainingOutput:
         """As BERTForMaskedLM; `next_sentence_label` (B,) is 0 where the second segment follows the first, and its loss
         is added to that of `labels`. `options` are BERT's."""
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, **options)
         weight_VC = self.bert.token_embedding.weight
-        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, return_logits)
+        loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, labelled, return_logits)
         logits_B2 = self.next_sentence(self.bert.pool(encoded))
         if next_sentence_label is not None:
             next_sentence_loss = F.cross_entropy(logits_B2, next_sentence_label.flatten())

@@ -191,6 +191,8 @@ class GPT(Pretrained):
         labels: Tensor | None = None,
         return_logits: bool | None = None,
         *,
+        shift_labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         output_attentions: bool = False,
     ) -> GPTOutput:
         """The logits of the next token at every position and, with labels, the loss.
@@ -202,18 +204,26 @@ class GPT(Pretrained):
             labels: (B, T), usually `input_ids` themselves: the logits at t are compared with labels[:, t + 1].
                 -100 is ignored. Padding is not ignored unless it is -100.
             return_logits: None: only without labels. With False the logits never exist in full.
+            shift_labels: (B, T), labels that are shifted already: the logits at t are compared with shift_labels[:, t].
+            cu_seqlens: (n + 1,) int32: where documents start among the B * T tokens of all rows, 0 and every multiple
+                of T among them, B * T last. Tokens see their own document alone, and positions count from its start.
             output_attentions: also the probabilities of every block, in plain torch.
 
         Raises:
             ValueError: wrong shapes, or a sequence longer than `max_seq_len`. TypeError: ids that are not integers.
             IndexError: a token id out of range, on a CPU; elsewhere looking would cost a sync.
         """
-        if labels is not None and labels.shape != input_ids.shape:
-            need, got = tuple(input_ids.shape), tuple(labels.shape)
-            raise ValueError(f"GPT: labels must have the shape of input_ids, {need}, got {got}")
-        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and given.shape != input_ids.shape:
+                need, got = tuple(input_ids.shape), tuple(given.shape)
+                raise ValueError(f"GPT: {name} must have the shape of input_ids, {need}, got {got}")
+        if labels is not None and shift_labels is not None:
+            raise ValueError("GPT: labels and shift_labels exclude each other")
+        if cu_seqlens is not None and (attention_mask is not None or output_attentions):
+            raise ValueError("GPT: cu_seqlens must come without attention_mask and output_attentions")
+        targets = shift_labels if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         attentions: list[Tensor] | None = [] if output_attentions else None
-        hidden_BTC = self.hidden_states(input_ids, attention_mask, attentions)
+        hidden_BTC = self.hidden_states(input_ids, attention_mask, attentions, cu_seqlens)
         seen = None if attentions is None else tuple(attentions)
         if not (targets is None if return_logits is None else return_logits):
             return GPTOutput(None if targets is None else self._loss(hidden_BTC, targets), None, seen)
@@ -221,27 +231,37 @@ class GPT(Pretrained):
         loss = None if targets is None else F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten())
         return GPTOutput(loss, logits_BTV, seen)
 
-    def loss(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """() mean cross-entropy of the logits with `targets`, (B, T), which are shifted already; -100 is ignored."""
-        return self._loss(self.hidden_states(input_ids, attention_mask), targets)
-
     def _loss(self, hidden_BTC: Tensor, targets: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden_BTC.flatten(0, 1), self.head_weight, targets.flatten())
 
     def hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, attentions: list[Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        attentions: list[Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) after the last norm; `attentions` gets the probabilities of every block."""
         self._check(input_ids, attention_mask)
-        T, device = input_ids.shape[1], input_ids.device
+        (B, T), device = input_ids.shape, input_ids.device
         slopes_H = self.alibi_slopes(device)
         mask_B11T, positions = None, torch.arange(T, device=device)  # (T), with a mask (B, T)
         if attention_mask is not None:
             mask_B11T = attention_mask.bool()[:, None, None]
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if cu_seqlens is not None:
+            places = torch.arange(B * T, dtype=torch.int32, device=device)
+            documents = torch.searchsorted(cu_seqlens, places, right=True) - 1
+            positions = (places - cu_seqlens[documents]).view(B, T)
         dropout = self.config.dropout if self.training else 0.0
 
         def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+            if cu_seqlens is not None:
+                q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (q_BHTD, k_BHTD, v_BHTD))
+                y = F.varlen_attention(
+                    q, k, v, cu_seqlens, cu_seqlens, T, T, dropout, is_causal=True, alibi_slopes=slopes_H
+                )
+                return y.unflatten(0, (B, T)).transpose(1, 2)
             if attentions is None:
                 return F.scaled_dot_product_attention(
                     q_BHTD, k_BHTD, v_BHTD, mask_B11T, dropout, is_causal=True, alibi_slopes=slopes_H
@@ -268,7 +288,7 @@ class GPT(Pretrained):
         """(B, T, C) after the last norm, with each block's attention."""
         x_BTC, y_BTC = self.embed(input_ids, positions), None
         for block, attend in zip(self.blocks, attends, strict=True):
-            y_BTC, x_BTC = block(y_BTC, x_BTC, attend)
+            y_BTC, x_BTC = self.through(block, y_BTC, x_BTC, attend)
         return self.final_norm(y_BTC, x_BTC)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -283,6 +303,11 @@ class GPT(Pretrained):
         """(V, C) what the hidden states are multiplied with to give the logits."""
         return self.token_embedding.weight if self.config.tie_embeddings else self.head.weight
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """As the base has it, half of attention since a token sees half of the others, and the last layer."""
+        half = 6 * self.config.num_layers * self.config.hidden_size * seq_len
+        return super().flops_per_token(seq_len) - half + 6 * self.head_weight.numel()
+
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         shape, longest, last = tuple(input_ids.shape), self.config.max_seq_len, self.config.vocab_size - 1
         if input_ids.dtype not in (torch.int64, torch.int32):
@@ -294,7 +319,8 @@ class GPT(Pretrained):
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             got = tuple(attention_mask.shape)
             raise ValueError(f"GPT: attention_mask must have the shape of input_ids, {shape}, got {got}")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+        plain = type(input_ids) is Tensor and not torch.compiler.is_compiling()  # its values can be looked at
+        if plain and input_ids.device.type == "cpu" and input_ids.numel():
             for bound in input_ids.aminmax():
                 if not 0 <= bound <= last:
                     raise IndexError(f"GPT: input_ids must be from 0 to vocab_size - 1 = {last}, got {bound}")

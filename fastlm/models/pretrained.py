@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlm.config import Config
 from fastlm.models.huggingface import OTHER, Layout, Theirs
@@ -33,6 +34,7 @@ class Pretrained(nn.Module):
     body: ClassVar[str] = ""  # what the names of the body's weights begin with
     config: Config
     other_config: dict[str, Any]  # of the folder that it came from, what says nothing of the function that it is
+    checkpointing: bool = False  # in training: keep the inputs of blocks only and compute the rest again in backward
 
     def __init__(self, config: Config) -> None:
         if not isinstance(config, self.config_type):
@@ -41,12 +43,24 @@ class Pretrained(nn.Module):
         super().__init__()
         self.config, self.other_config = config, {}
 
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """What a block makes of its inputs."""
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
     def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
         raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of a training step for each token of a sequence: six for every weight of a matrix
+        in the blocks (two forward, four backward), and the two products of attention."""
+        matrices = sum(p.numel() for name, p in self.named_parameters() if "blocks." in name and p.dim() == 2)
+        return 6 * matrices + 12 * self.config.num_layers * self.config.hidden_size * seq_len  # type: ignore[attr-defined]
 
     @classmethod
     def read_more(cls, values: dict[str, Any]) -> dict[str, Any]:

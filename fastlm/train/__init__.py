@@ -13,6 +13,8 @@ for _name in ("matplotlib", "rich", "safetensors"):
         raise ImportError(f"fastlm.train needs the {_name} library: pip install fastlm[train]")
 
 from fastlm.train.config import TrainConfig  # noqa: E402
-from fastlm.train.trainer import Evaluation, NonFiniteError, Trainer  # noqa: E402
+from fastlm.train.evaluation import Evaluation  # noqa: E402
+from fastlm.train.speedup import speedup  # noqa: E402
+from fastlm.train.trainer import NonFiniteError, Trainer  # noqa: E402
 
-__all__ = ["Evaluation", "NonFiniteError", "TrainConfig", "Trainer"]
+__all__ = ["Evaluation", "NonFiniteError", "TrainConfig", "Trainer", "speedup"]

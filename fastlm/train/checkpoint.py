@@ -5,7 +5,8 @@
     training.json                     step, configuration, everything else
 
 A folder is written under another name and renamed when all of it is on the disk; only then do older ones go. So a kill
-at any moment leaves the last one, and the one with the highest step is always whole.
+at any moment leaves the last one, and the one with the highest step is always whole. `best` is a link to the one whose
+evaluation had the lowest loss.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm.models.pretrained import Pretrained, read_json, read_tensors, write_tensors
+from fastlm.models.pretrained import Pretrained, read_json, read_tensors, replacing, write_tensors
 
 __all__ = ["latest", "load", "save"]
 
@@ -34,25 +35,41 @@ def latest(folder: Path) -> Path | None:
     return max(_checkpoints(folder), key=_step, default=None)
 
 
-def save(folder: Path, step: int, model: Pretrained, optimizers: Optimizers, state: dict[str, Any]) -> None:
-    """Write `checkpoint-<step>` into `folder`; older ones go once it is whole. `state` must hold JSON values."""
+def save(
+    folder: Path,
+    step: int,
+    model: Pretrained,
+    optimizers: Optimizers,
+    state: dict[str, Any],
+    *,
+    keep: int = 1,
+    best: int | None = None,
+) -> None:
+    """Write `checkpoint-<step>` into `folder`; once it is whole, all but the last `keep` and that of step `best` go.
+
+    `state` must hold JSON values.
+    """
     final = folder / f"checkpoint-{step}"
     partial = folder / f"{_PARTIAL}{final.name}"
     for stale in folder.glob(f"{_PARTIAL}*"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        write_tensors(_optimizer_tensors(model, optimizers) | _random_state(), partial / "training.safetensors")
-        with open(partial / "training.json", "w", encoding="utf-8") as file:
-            json.dump({"step": step, **state}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
         if not final.exists():  # else this very step was saved before
+            model.save_pretrained(partial)
+            write_tensors(_optimizer_tensors(model, optimizers) | _random_state(), partial / "training.safetensors")
+            with open(partial / "training.json", "w", encoding="utf-8") as file:
+                json.dump({"step": step, **state}, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
             os.rename(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in _checkpoints(folder):
-        if _step(old) < step:
+    if best is not None and (folder / f"checkpoint-{best}").exists():
+        with replacing(folder / "best") as link:
+            link.symlink_to(f"checkpoint-{best}")
+    older = sorted((path for path in _checkpoints(folder) if _step(path) <= step), key=_step)
+    for old in older[:-keep]:
+        if _step(old) != best:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -71,7 +88,9 @@ def load(checkpoint: Path, model: Pretrained, optimizers: Optimizers) -> dict[st
             optimizer, _, rest = key.partition(".")
             name, _, field = rest.rpartition(".")
             parameter = parameters[name]
-            optimizers[optimizer].state[parameter][field] = tensor.to(parameter.device)
+            # A count of steps stays where the optimizer wants it: on the CPU unless it is fused or capturable.
+            on_device = tensor.dim() or optimizers[optimizer].defaults.get("fused")
+            optimizers[optimizer].state[parameter][field] = tensor.to(parameter.device) if on_device else tensor
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of this model: {error}") from None
     torch.set_rng_state(random["random.cpu"])
@@ -89,13 +108,14 @@ def _step(checkpoint: Path) -> int:
 
 
 def _optimizer_tensors(model: Pretrained, optimizers: Optimizers) -> dict[str, Tensor]:
-    """`<optimizer>.<parameter>.<field>`: all that AdamW and Muon keep are tensors."""
+    """`<optimizer>.<parameter>.<field>`: tensors, but for numbers that NAdam and ASGD keep as such."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{kind}.{names[parameter]}.{field}": tensor
+        f"{kind}.{names[parameter]}.{field}": torch.as_tensor(value)
         for kind, optimizer in optimizers.items()
         for parameter, fields in optimizer.state.items()
-        for field, tensor in fields.items()
+        for field, value in fields.items()
+        if value is not None
     }
 
 

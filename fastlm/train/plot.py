@@ -20,7 +20,7 @@ def plot_loss(
     bytes_per_token: float | None = None,
     baselines: Mapping[str, float] | None = None,
 ) -> None:
-    """Training loss, validation loss and baselines over the steps, as a PNG.
+    """Training loss, validation loss and baselines over the steps, the learning rate below, as a PNG.
 
     Args:
         records: the lines of metrics.jsonl.
@@ -31,9 +31,14 @@ def plot_loss(
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    axes.set(ylabel="loss (nats per token)", yscale="log")
+    rates = [(record["step"], record["lr"]) for record in records if "lr" in record]
+    below.plot(*zip(*rates, strict=True) if rates else ((), ()), color="C2", linewidth=1.2)
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    below.grid(alpha=0.3)
     for key, name, color, marker in (("loss", "training", "C0", ""), ("val_loss", "validation", "C3", "o")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:

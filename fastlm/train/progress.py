@@ -41,10 +41,8 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        minutes, seconds = divmod(round(seconds_left), 60)
+    def update(self, step: int, figures: str) -> None:
         name = f"step {step:,}/{self._steps:,}"
-        figures = f"loss {loss:.3f}   {tokens_per_second:,.0f} tokens/s   {minutes}:{seconds:02} left"
         if self._live is not None:
             self._live.update(self._task, completed=step, description=name, figures=figures)
         elif time.monotonic() - self._printed >= _PLAIN_SECONDS or step == self._steps:

@@ -2,176 +2,222 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from hashlib import blake2b
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from fastlm import data
-from fastlm.models.gpt import GPT
-from fastlm.models.pretrained import read_json, replacing
+from fastlm.config import to_toml
+from fastlm.data.objectives import CausalLM, Objective, TokenArray
+from fastlm.models.pretrained import Pretrained, read_json, replacing
 from fastlm.train import checkpoint
 from fastlm.train.config import TrainConfig
+from fastlm.train.estimate import Estimate, cost, duration
+from fastlm.train.evaluation import Evaluation, confusion_of
+from fastlm.train.memory import kept_memory, peak_memory
+from fastlm.train.metrics import METRICS, Metrics
+from fastlm.train.optimizers import build_optimizers, step_unless
 from fastlm.train.plot import plot_loss
 from fastlm.train.progress import Progress
+from fastlm.train.signals import stop_signals
 
-__all__ = ["Evaluation", "NonFiniteError", "Trainer"]
-
-Tokens = npt.NDArray[Any]
-METRICS = "metrics.jsonl"
+__all__ = ["NonFiniteError", "Trainer"]
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient became infinite or not a number."""
-
-
-class Evaluation(NamedTuple):
-    loss: float  # nats per token
-    perplexity: float  # exp(loss)
-    bits_per_byte: float | None  # None where the number of bytes is not known
-
-    def __str__(self) -> str:
-        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
-        return f"loss {self.loss:.3f}, perplexity {self.perplexity:.1f}{bits}"
+    """The loss or the gradient was infinite or not a number in many steps in a row."""
 
 
 class Trainer:
-    """Trains a model on tokens.
+    """Trains a model.
 
     Args:
         model: it is moved to the configuration's device; its weights stay in their dtype.
-        train_data, eval_data: (N,) token ids, as `Dataset.train_tokens`; without `eval_data` nothing is evaluated.
-        folder: where the run is written: config.json, metrics.jsonl, loss.png, the last checkpoint. None: nowhere.
-        eval_bytes: bytes of the text of `eval_data`, for bits per byte.
+        train_data, eval_data: what it is to learn, an `Objective`; token ids (N,), as `Dataset.train_tokens`, are
+            `CausalLM(tokens, config.seq_len)`. Without `eval_data` nothing is evaluated.
+        folder: where the run is written: config.toml, metrics.jsonl, loss.png, checkpoints. None: nowhere.
+        eval_bytes: bytes of the text of `eval_data` where that are token ids, for bits per byte.
         baselines: name to bits per byte, lines in loss.png.
-        source: where the data comes from, JSON values; kept in config.json and compared by `resume`.
+        source: where the data comes from, JSON values; the table `data` of config.toml, and compared by `resume`.
         tokenizer: the tokenizer.json to keep in the folder.
+        price_per_hour: of the machine; the estimates then say what the run costs.
+        profile: write a trace of three steps to trace.json, for chrome://tracing or Perfetto.
         quiet: print nothing.
 
     `train` goes from `step` to the end; `resume` first puts everything back to where the last checkpoint was taken.
     From there the losses are the same to the last bit as those of a run that was never interrupted, on a CPU with the
     same number of threads, and on a GPU under `torch.use_deterministic_algorithms`.
 
+    A step whose loss or gradient is not finite changes no weight; it is counted, and `metrics.jsonl` and the progress
+    say so. Micro-batches count by their labels, so that a step's gradient is that of the whole batch.
+
     Raises ValueError where model, configuration and data do not fit.
     """
 
     def __init__(
         self,
-        model: GPT,
+        model: Pretrained,
         config: TrainConfig,
-        train_data: Tokens,
-        eval_data: Tokens | None = None,
+        train_data: Objective | TokenArray,
+        eval_data: Objective | TokenArray | None = None,
         *,
         folder: str | Path | None = None,
         eval_bytes: int | None = None,
         baselines: Mapping[str, float] | None = None,
         source: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
+        price_per_hour: float | None = None,
+        profile: bool = False,
         quiet: bool = False,
     ) -> None:
-        if config.seq_len > model.config.max_seq_len:
-            need, got = model.config.max_seq_len, config.seq_len
-            raise ValueError(f"Trainer: seq_len must be at most the model's max_seq_len, {need}, got {got}")
+        longest = getattr(model.config, "max_seq_len", config.seq_len)
+        if config.seq_len > longest:
+            raise ValueError(
+                f"Trainer: seq_len must be at most the model's max_seq_len, {longest}, got {config.seq_len}"
+            )
+        if profile and folder is None:
+            raise ValueError("Trainer: profile needs a folder to write the trace to")
         self.device, self._autocast = config.torch_device(), config.autocast()
         self.model, self.config = model.to(self.device), config
-        self.train_data, self.eval_data, self.eval_bytes = train_data, eval_data, eval_bytes
+        for module in model.modules():
+            if isinstance(module, Pretrained):
+                module.checkpointing = config.checkpointing
+        self._forward = torch.compile(model) if config.compile else model
+        self.train_data = _objective(train_data, config)
+        self.eval_data = None if eval_data is None else _objective(eval_data, config, eval_bytes)
         self.folder, self.baselines, self.quiet = None if folder is None else Path(folder), baselines, quiet
-        self.tokenizer = tokenizer
-        self._shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-        for tokens in (train_data, eval_data):
-            if tokens is not None:
-                next(iter(data.eval_batches(tokens, **self._shape)))  # raises where the text is too small
+        self.tokenizer, self.price_per_hour, self.profile = tokenizer, price_per_hour, profile
+        prints = {"train": self.train_data, "eval": self.eval_data}
         self.description = {
-            "model": model.config.to_dict(),
+            "model": {"type": type(model).__name__, **model.config.to_dict()},
+            "data": dict(source or {}),
             "train": config.to_dict(),
-            "source": dict(source or {}),
-            "tokens": {"train": _fingerprint(train_data), "eval": _fingerprint(eval_data)},
+            "tokens": {name: data.fingerprint() if data is not None else None for name, data in prints.items()},
         }
-        self.optimizers = _optimizers(model, config)
-        self.parameters = list(model.parameters())
+        self.optimizers = build_optimizers(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.torch_dtype() == torch.float16)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = 0
         self.seconds = 0.0  # of training; evaluating and saving do not count
         self.interrupted = False
         self.evaluation: Evaluation | None = None
-        self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.best: tuple[int, float] | None = None  # step and loss of the best evaluation
+        self.metrics = Metrics(self.folder)
+        self._worse = 0  # evaluations since the best one
         self._logged = (0, 0.0)  # step and seconds
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of loss and gradient norm since then
+        self._tokens = 0  # since then
+        # Since then: the sums of loss and gradient norm, steps that were skipped; and how many of these in a row, ever.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._estimated: Estimate | None = None
+        self._first_measured = not quiet
 
     def train(self) -> Evaluation | None:
-        """Train to the end, or until SIGINT or SIGTERM, which saves and sets `interrupted`; a second one kills.
+        """Train to the end, or until `patience` runs out, or SIGINT or SIGTERM, which saves and sets `interrupted`; a
+        second signal kills.
 
         Returns the last evaluation. Raises NonFiniteError, leaving the last checkpoint as it is.
         """
         config = self.config
-        with _stop_signals() as received, Progress(config.steps, self.quiet) as progress:
+        with (
+            stop_signals() as received,
+            Progress(config.steps, self.quiet) as progress,
+            kept_memory(self.device),
+            self._profiler(progress) as profiler,
+        ):
             if self.step == 0:
                 self._begin()
-            while self.step < config.steps:
+            if config.tensorboard:
+                self.metrics.open_tensorboard(self.step)
+            self._estimate(progress)
+            while self.step < config.steps and not self._enough():
                 started = time.perf_counter()
                 factor = config.lr_factor(self.step)
-                self._train_step(factor)
+                self.train_step(factor)
                 means = self._means() if self._due(config.log_every) else None
                 self.seconds += time.perf_counter() - started
+                if profiler is not None:
+                    profiler.step()
                 if means is not None:
-                    self._log(progress, *means, lr=config.lr * factor)
-                if self.eval_data is not None and self._due(config.eval_every):
-                    self.evaluation = self.evaluate()
-                    self._record({f"val_{name}": value for name, value in self.evaluation._asdict().items()})
-                    progress.line(f"step {self.step:,}: validation {self.evaluation}")
-                if received or self._due(config.save_every):
+                    self._log(progress, means, lr=config.lr * factor)
+                better = self.eval_data is not None and self._due(config.eval_every) and self._evaluate(progress)
+                if received or better or self._due(config.save_every) or self._enough():
                     self._save()
                 if received:
                     break
-        self.interrupted = self.step < config.steps
-        if self.folder is not None and self.records:
-            plot_loss(self.records, self.folder / "loss.png", self._bytes_per_token(), self.baselines)
+        self.interrupted = bool(received) and self.step < config.steps
+        if self.folder is not None and self.metrics.records:
+            plot_loss(self.metrics.records, self.folder / "loss.png", self._bytes_per_label, self.baselines)
         return self.evaluation
 
-    def _train_step(self, lr_factor: float) -> None:
-        """One update. Nothing in it waits for the device."""
-        config = self.config
-        x, y = (self._to_device(ids) for ids in data.batch(self.train_data, self.step, seed=config.seed, **self._shape))
+    def train_step(self, lr_factor: float = 1.0) -> None:
+        """One update with these parts of the learning rates. Nothing in it waits for the device."""
         self.model.train()
-        with self._autocast:
-            loss = self.model.loss(x, y)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
+        batches = list(self._micro_batches())
+        counts = [self.train_data.count(inputs) for inputs in batches]
+        loss = torch.zeros((), device=self.device)
+        for inputs, count in zip(batches, counts, strict=True):
+            if not count:  # a mean over nothing
+                continue
+            with self._autocast:
+                part = self._forward(**self._to_device(inputs)).loss * (count / sum(counts))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self._update(loss, lr_factor)
+        self._tokens += sum(inputs["input_ids"].numel() for inputs in batches)
+        self.step += 1
+
+    def _micro_batches(self) -> Iterator[dict[str, Any]]:
+        size, first = self.config.batch_size, self.step * self.config.batch_size
+        for start in range(first, first + size, self.config.micro_batch_size or size):
+            stop = min(start + (self.config.micro_batch_size or size), first + size)
+            yield self.train_data.batch(start, stop, self.config.seed)
+
+    def _update(self, loss: Tensor, lr_factor: float) -> None:
+        """Clip the gradient and step, but where loss or gradient are not finite: then the weights stay."""
+        for optimizer in self.optimizers.values():
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        skip = ~(loss.isfinite() & norm.isfinite())
+        limit = self.config.grad_clip or math.inf
+        divisor = ((norm + 1e-6) / limit).clamp(min=1.0).nan_to_num(1.0, 1.0)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_factor
-            optimizer.step()
+            step_unless(skip, optimizer, divisor)
             optimizer.zero_grad()
-        self._sums += torch.stack((loss.detach(), norm))
-        self.step += 1
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self._sums[:2] += torch.stack((loss, norm)).where(~skip, 0.0)
+        self._sums[2] += skip
+        self._sums[3] = (self._sums[3] + 1) * skip
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """The mean loss over every token of `eval_data` after the first, in windows that do not overlap."""
-        if self.eval_data is None:
+        """The mean loss over every label of `eval_data`, and what follows from it or, of a classifier, its choices."""
+        data = self.eval_data
+        if data is None:
             raise ValueError("Trainer.evaluate: there is no eval_data")
-        self._means()
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for x, y in data.eval_batches(self.eval_data, **self._shape):
-            scored = int((y != -100).sum())
+        classes = data.num_classes
+        confusion = None if classes is None else torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+        for inputs in data.eval_batches(self.config.micro_batch_size or self.config.batch_size):
             with self._autocast:
-                total += self.model.loss(self._to_device(x), self._to_device(y)).double() * scored
-            count += scored
-        loss = total.item() / count
-        bits = None if self.eval_bytes is None else total.item() / math.log(2) / self.eval_bytes
-        return Evaluation(loss, math.exp(min(loss, 700.0)), bits)  # which exp still holds
+                output = self._forward(**(on_device := self._to_device(inputs)))
+            if scored := data.count(inputs):
+                total += output.loss.double() * scored
+                count += scored
+            if confusion is not None and classes is not None:
+                confusion += confusion_of(output.logits, on_device[data.labels], classes)
+        return Evaluation.of(total.item(), count, data.eval_bytes, confusion)
 
     def resume(self) -> None:
         """Go back to the last checkpoint in `folder`.
@@ -188,11 +234,12 @@ class Trainer:
             raise ValueError(f"Trainer: {last} is of another run: {'; '.join(differences)}")
         checkpoint.load(last, self.model, self.optimizers)
         self.step, self.seconds, self._logged = saved["step"], saved["seconds"], tuple(saved["logged"])
+        self._tokens = saved["tokens_since"]
         self._sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
-        self.evaluation = Evaluation(*saved["evaluation"]) if saved["evaluation"] else None
-        self.records = [record for record in _read_records(folder / METRICS) if record["step"] <= self.step]
-        with replacing(folder / METRICS) as path:
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self.evaluation = Evaluation(**saved["evaluation"]) if saved["evaluation"] else None
+        self.best, self._worse = tuple(saved["best"]) if saved["best"] else None, saved["worse"]
+        self.scaler.load_state_dict(saved["scaler"])
+        self.metrics.restore(self.step)
 
     def _begin(self) -> None:
         """Seed, and make the folder, which must not hold a run."""
@@ -202,82 +249,123 @@ class Trainer:
         if (self.folder / METRICS).exists():
             raise FileExistsError(f"Trainer: {self.folder} holds a run already; resume it or name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "config.json") as path:
-            path.write_text(json.dumps(self.description, indent=2) + "\n", encoding="utf-8")
+        with replacing(self.folder / "config.toml") as path:
+            path.write_text(
+                to_toml({name: self.description[name] for name in ("model", "data", "train")}), encoding="utf-8"
+            )
         if self.tokenizer is not None:
             with replacing(self.folder / "tokenizer.json") as path:
                 shutil.copyfile(self.tokenizer, path)
-        (self.folder / METRICS).touch()
+        self.metrics.begin()
+
+    def _evaluate(self, progress: Progress) -> bool:
+        """Whether it is the best so far."""
+        self.evaluation = self.evaluate()
+        self.metrics.add(self.step, {f"val_{name}": value for name, value in self.evaluation.to_dict().items()})
+        progress.line(f"step {self.step:,}: validation {self.evaluation}")
+        better = self.best is None or self.evaluation.loss < self.best[1]
+        if better:
+            self.best = (self.step, self.evaluation.loss)
+        self._worse = 0 if better else self._worse + 1
+        return better
+
+    def _enough(self) -> bool:
+        return 0 < self.config.patience <= self._worse
 
     def _save(self) -> None:
-        self._means()
-        if self.folder is not None:
-            state = {"description": self.description, "seconds": self.seconds, "logged": self._logged}
-            state |= {"sums": self._sums.tolist(), "evaluation": self.evaluation}
-            checkpoint.save(self.folder, self.step, self.model, self.optimizers, state)
+        if self.folder is None:
+            return
+        state = {"description": self.description, "seconds": self.seconds, "logged": self._logged}
+        state |= {"tokens_since": self._tokens}
+        state |= {"sums": self._sums.tolist(), "evaluation": self.evaluation.to_dict() if self.evaluation else None}
+        state |= {"best": self.best, "worse": self._worse, "scaler": self.scaler.state_dict()}
+        best = None if self.best is None else self.best[0]
+        checkpoint.save(self.folder, self.step, self.model, self.optimizers, state, keep=self.config.keep, best=best)
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def _means(self) -> tuple[float, float]:
-        """Of loss and gradient norm since the last log point; waits for the device, raises if they are not finite."""
-        steps = max(1, self.step - self._logged[0])
-        loss, norm = (total / steps for total in self._sums.tolist())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def _means(self) -> dict[str, float]:
+        """Of loss and gradient norm since the last log point, and how many steps were skipped; waits for the device."""
+        loss, norm, skipped, streak = self._sums.tolist()
+        if streak >= self.config.max_skipped:
             last = None if self.folder is None else checkpoint.latest(self.folder)
             raise NonFiniteError(
-                f"the loss is {loss} and the norm of the gradient {norm} between steps {self._logged[0]:,} and "
-                f"{self.step:,}: try a lower lr or a longer warm-up; "
+                f"the loss or the gradient was not finite in the last {streak:,.0f} steps, up to step {self.step:,}; "
+                "the weights are those before them: try a lower lr or a longer warm-up; "
                 + (f"the last checkpoint is {last}" if last else "there is no checkpoint yet")
             )
-        return loss, norm
+        taken = self.step - self._logged[0] - skipped
+        means = {"loss": loss / taken, "grad_norm": norm / taken} if taken else {}
+        return means | ({"skipped": int(skipped)} if skipped else {})
 
-    def _log(self, progress: Progress, loss: float, norm: float, lr: float) -> None:
+    def _log(self, progress: Progress, means: dict[str, float], lr: float) -> None:
         """Record the means since the last log point, and start anew."""
         steps, seconds = self.step - self._logged[0], self.seconds - self._logged[1]
-        speed = steps * self.config.batch_size * self.config.seq_len / seconds
-        figures = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": speed, "seconds": self.seconds}
-        self._record(figures)
-        progress.update(self.step, loss, speed, (self.config.steps - self.step) * seconds / steps)
-        self._sums.zero_()
-        self._logged = (self.step, self.seconds)
+        speed, left = self._tokens / seconds, (self.config.steps - self.step) * seconds / steps
+        figures = {**means, "lr": lr, "tokens_per_second": speed, "seconds": self.seconds}
+        figures["peak_memory"] = peak_memory(self.device)
+        shown = [f"loss {means['loss']:.3f}" if "loss" in means else "no loss", f"{speed:,.0f} tokens/s"]
+        if self._estimated is not None:
+            figures["mfu"] = speed * self._estimated.flops_per_token / self._estimated.peak
+            shown.append(f"MFU {figures['mfu']:.0%}")
+        shown += [f"{figures['peak_memory'] / 2**30:.1f} GiB", f"{duration(left)} left"]
+        if "skipped" in means:
+            progress.line(
+                f"step {self.step:,}: {means['skipped']} of the last {steps} steps skipped, loss or gradient not finite"
+            )
+        self.metrics.add(self.step, figures)
+        progress.update(self.step, "   ".join(shown))
+        if self._first_measured:
+            self._first_measured = False
+            whole = self.config.steps * seconds / steps
+            progress.line(
+                f"measured: {duration(whole)}{cost(whole, self.price_per_hour)} for all {self.config.steps:,} steps"
+            )
+        self._sums[:3] = 0
+        self._tokens, self._logged = 0, (self.step, self.seconds)
 
-    def _record(self, figures: dict[str, Any]) -> None:
-        self.records.append({"step": self.step, **figures})
-        if self.folder is not None:
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.records[-1]) + "\n")
+    def _estimate(self, progress: Progress) -> None:
+        """Say what is ahead, before the first step."""
+        if self.quiet:
+            return
+        inputs = self._to_device(next(self._micro_batches()))
+        tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.seq_len
+        self._estimated = Estimate.of(self.model, inputs, self.optimizers, self._autocast, tokens, self.config.seq_len)
+        for line in self._estimated.lines(self.price_per_hour):
+            progress.line(line)
 
-    def _bytes_per_token(self) -> float | None:
-        known = self.eval_bytes is not None and self.eval_data is not None
-        return self.eval_bytes / (len(self.eval_data) - 1) if known else None  # type: ignore[operator, arg-type]
+    @contextmanager
+    def _profiler(self, progress: Progress) -> Iterator[Any]:
+        if not self.profile or self.folder is None:
+            yield None
+            return
+        from torch.profiler import profile, schedule
 
-    def _to_device(self, ids: torch.Tensor) -> torch.Tensor:
-        return ids if self.device.type == "cpu" else ids.pin_memory().to(self.device, non_blocking=True)
+        path = self.folder / "trace.json"
+
+        def export(profiler: Any) -> None:
+            profiler.export_chrome_trace(str(path))
+            progress.line(f"trace of three steps in {path}")
+
+        with profile(schedule=schedule(wait=2, warmup=1, active=3, repeat=1), on_trace_ready=export) as profiler:
+            yield profiler
+
+    @property
+    def _bytes_per_label(self) -> float | None:
+        data = self.eval_data
+        if not isinstance(data, CausalLM) or data.eval_bytes is None:
+            return None
+        return data.eval_bytes / (len(data.tokens) - 1)
+
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.device.type == "cpu":
+            return inputs
+        return tree_map_only(Tensor, lambda x: x.pin_memory().to(self.device, non_blocking=True), inputs)
 
 
-def _optimizers(model: GPT, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if not (name.startswith("blocks.") and p.dim() == 2)]
-    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    if config.optimizer == "muon":
-        optimizers["muon"] = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
-    else:
-        groups.append({"params": matrices, "weight_decay": config.weight_decay})
-    optimizers["adamw"] = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def _fingerprint(tokens: Tokens | None) -> str | None:
-    """How many tokens there are and a hash of 65,536 of them, evenly spaced."""
-    if tokens is None:
-        return None
-    sample = np.ascontiguousarray(tokens[:: max(1, len(tokens) // 65536)], dtype=np.int64)
-    return f"{len(tokens)} tokens, {blake2b(sample.tobytes(), digest_size=8).hexdigest()}"
+def _objective(data: Objective | TokenArray, config: TrainConfig, num_bytes: int | None = None) -> Objective:
+    return data if isinstance(data, Objective) else CausalLM(data, config.seq_len, num_bytes=num_bytes)
 
 
 def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
@@ -285,34 +373,3 @@ def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
         keys = dict.fromkeys([*saved, *now])
         return [line for key in keys for line in _differences(saved.get(key), now.get(key), f"{name} {key}".strip())]
     return [] if saved == now else [f"{name} was {saved!r} and is {now!r}"]
-
-
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for one that a kill cut off."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            yield json.loads(line)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is put into the list, a second one does what it did before."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield received
-        return
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        restore()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        yield received
-    finally:
-        restore()
