@@ -32,8 +32,10 @@ def plain_add_norm(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, T
     return add_norm
 
 
-def plain_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-    return plain.cross_entropy(plain.linear(x, weight), target, **options)
+def plain_linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    return plain.cross_entropy(plain.linear(x, weight, linear_bias), target, **options)
 
 
 def plain_attention(*args: Any, alibi_slopes: None = None, **options: Any) -> Tensor:

@@ -8,6 +8,7 @@ many bytes, in turn with the others: the last columns say which share of its ban
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from bench_layer_norm import NAMES
 from harness import Comparison, compare, write_results
 from torch import Tensor
 
+import fastlm.functional as F
+from fastlm import use_backend
 from fastlm.ops.compiled import CPU, Recorder
 from fastlm.ops.linear import op as linear
 from fastlm.ops.linear.op import quantize
@@ -60,11 +63,38 @@ def models(dtype: torch.dtype) -> dict[str, list[Tensor]]:
     return {"step": step} | cases
 
 
+def many_rows(seconds: float) -> None:
+    sizes = {**{name: shape for name, shape in SHAPES.items() if name != "logits"}, "small": (192, 192)}
+    results = []
+    for name, (outputs, features) in sizes.items():
+        weight, bias = torch.randn(outputs, features, requires_grad=True), torch.randn(outputs, requires_grad=True)
+        for rows in (64, 128, 512, 2048):
+            x, grad = torch.randn(rows, features, requires_grad=True), torch.randn(rows, outputs)
+
+            def run(
+                backend: str, x: Tensor = x, grad: Tensor = grad, weight: Tensor = weight, bias: Tensor = bias
+            ) -> None:
+                with use_backend(backend):
+                    F.linear(x, weight, bias).backward(grad)
+                x.grad = weight.grad = bias.grad = None
+
+            sides = {
+                side: functools.partial(run, backend) for side, backend in (("torch", "native"), ("oneDNN", "onednn"))
+            }
+            results.append(compare(f"{name} {outputs} x {features}, {rows} rows", sides, seconds=seconds))
+    title = "Linear layers in fp32, forward and backward: torch and oneDNN"
+    write_results("linear_many", title, results, [], lambda c: c.ratio("oneDNN"), "oneDNN / torch, speed")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
+    parser.add_argument("--many", action="store_true", help="many rows, in place of few")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.many:
+        many_rows(arguments.seconds)
+        return 0
     results: list[Comparison] = []
     small: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -68,12 +68,14 @@ def compare(
     least: int = 7,
     number: int = 1,
     memory: bool = False,
+    settle: bool = False,
 ) -> Comparison:
     """Runs the sides in turn, in an order that changes each round, after a warm-up: at least `least` rounds.
 
     Args:
         number: how often a side runs within one timing, for what takes microseconds.
         memory: whether to find out what each side needs at most.
+        settle: a side runs once untimed before it is timed, for what it changes for the next.
     """
     for run in sides.values():
         run()
@@ -84,6 +86,8 @@ def compare(
     end = time.perf_counter() + seconds
     while len(times[order[0]]) < least or time.perf_counter() < end:
         for name in order:
+            if settle:
+                sides[name]()
             times[name].append(_seconds(sides[name], number))
         order = [*order[1:], order[0]]
     result = Comparison(case, times, bytes, peaks, "ms" if number == 1 else "us")

@@ -196,6 +196,16 @@ def test_micro_batches_count_by_their_labels(micro):
     same(*sides, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_without_any_label_changes_nothing_and_is_counted():
+    unlabelled = data.Labelled([{"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}])
+    shape = BERTConfig(vocab_size=31, max_seq_len=16, hidden_size=16, num_layers=1, num_heads=2)
+    run = Trainer(BERTForMaskedLM(shape), dataclasses.replace(SGD, steps=2, log_every=2), unlabelled, quiet=True)
+    before = [p.detach().clone() for p in run.parameters]
+    run.train()
+    assert all(torch.equal(p, q) for p, q in zip(run.parameters, before, strict=True))
+    assert run.metrics.records[-1]["skipped"] == 2
+
+
 def test_activation_checkpointing_changes_no_gradient_and_keeps_less():
     config = dataclasses.replace(SGD, checkpointing=True)
     kept = []

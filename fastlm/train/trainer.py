@@ -55,8 +55,9 @@ class Trainer:
     From there the losses are the same to the last bit as those of a run that was never interrupted, on a CPU with the
     same number of threads, and on a GPU under `torch.use_deterministic_algorithms`.
 
-    A step whose loss or gradient is not finite changes no weight; it is counted, and `metrics.jsonl` and the progress
-    say so. Micro-batches count by their labels, so that a step's gradient is that of the whole batch.
+    A step whose loss or gradient is not finite, or that has no labels, changes no weight; it is counted, and
+    `metrics.jsonl` and the progress say so. Micro-batches count by their labels, so that a step's gradient is that of
+    the whole batch.
 
     Raises ValueError where model, configuration and data do not fit.
     """
@@ -169,7 +170,10 @@ class Trainer:
                 part = self._forward(**self._to_device(inputs)).loss * (count / sum(counts))
             self.scaler.scale(part).backward()
             loss += part.detach()
-        self._update(loss, lr_factor)
+        if any(counts):
+            self._update(loss, lr_factor)
+        else:
+            self._sums[2] += 1
         self._tokens += sum(inputs["input_ids"].numel() for inputs in batches)
         self.step += 1
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.ops import rows
+from fastlm.ops import onednn, rows
 
 CHUNK_BYTES = {
     "cpu": 2**27,
@@ -150,6 +150,7 @@ def linear_fwd(
     for chunk, logits in _chunks(x, linear_weight, linear_bias):
         kernels.fwd(logits, target[chunk], weight, options, losses[chunk], stats[:, chunk], scale)
         sums.add(chunk, logits)
+        del logits
     if reduction == "none":
         loss = _with_z(losses, stats, z_loss)
     else:
@@ -196,6 +197,7 @@ def linear_bwd(
             part = upstream[chunk] if reduction == "none" else upstream
             kernels.bwd(part, logits, target[chunk], weight, options, stats[:, chunk], _given(divisors), logits)
             sums.add(chunk, logits)
+            del logits
         grads, factor, in_place = sums.totals(input.shape), None, True
     return tuple(
         input.new_empty(0) if like is None or not needed else _scaled(grad, factor, like, in_place)
@@ -239,7 +241,9 @@ class _GradientSums:
 
     def add(self, chunk: slice, grad: Tensor) -> None:
         x = self.x[chunk]
-        if self.needs_grad[0]:
+        if self.needs_grad[0] and _by_onednn(grad, self.linear_weight):
+            self.input[chunk] = onednn.product(grad, self.linear_weight.T)
+        elif self.needs_grad[0]:
             torch.mm(grad, self.linear_weight, out=self.input[chunk])
         if self.needs_grad[1]:
             self._add_weight(grad.T, x, chunk.start == 0)
@@ -280,14 +284,23 @@ class _GradientSums:
 
 
 def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows with their logits, which live in one workspace."""
+    """Chunks of rows with their logits, which live in one workspace, or in one after the other: whoever takes them lets
+    go of them before the next."""
     size = max(1, -(-len(x) // _chunk_count(x, len(weight))))
+    chunks = [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+    if _by_onednn(x[:size], weight):  # which writes to nothing that is there
+        for chunk in chunks:
+            yield chunk, onednn.product(x[chunk], weight, bias)
+        return
     workspace = x.new_empty((min(size, len(x)), len(weight)))
-    for start in range(0, len(x), size):
-        chunk = slice(start, min(start + size, len(x)))
-        logits, part = workspace[: chunk.stop - start], x[chunk]
+    for chunk in chunks:
+        logits, part = workspace[: chunk.stop - chunk.start], x[chunk]
         torch.mm(part, weight.T, out=logits) if bias is None else torch.addmm(bias, part, weight.T, out=logits)
         yield chunk, logits
+
+
+def _by_onednn(rows: Tensor, weight: Tensor) -> bool:
+    return rows.is_cpu and weight.is_contiguous() and rows.is_contiguous() and onednn.faster(len(rows), weight)
 
 
 def _chunk_count(x: Tensor, classes: int) -> int:

@@ -1,17 +1,19 @@
 """The linear layer, also with an int8 weight: contract, torch ops, backends.
 
-Ours is for few rows on a CPU, where the weight is all there is to read; the rest, and backward, is torch's.
+Ours is for few rows on a CPU, where the weight is all there is to read. For many rows in fp32 there "onednn" is the
+product of matrices that torch has for compiled models, both ways, where it is measured faster than torch's own.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlm.ops import rows
+from fastlm.ops import onednn, rows
 from fastlm.ops.checks import TENSORS, autocast_dtype, check_tensor
 from fastlm.ops.compiled import CPU, Launchers
 from fastlm.ops.linear import reference
@@ -59,10 +61,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_
     )
     autocast = torch._C._is_any_autocast_enabled()
     if usual and LINEAR.auto_alone():
-        if autocast or not _few_rows(input, weight) or not fastest("linear", weight):
+        name = "" if autocast else _fastest(input, weight)
+        if not name:
             return torch.nn.functional.linear(input, weight, bias)
-        if (bias is None or bias.shape == weight.shape[:1]) and not CPU.missing():
-            return LINEAR.calls["cpu"](input, weight, bias, None)
+        if (bias is None or bias.shape == weight.shape[:1]) and not (name == "cpu" and CPU.missing()):
+            return LINEAR.calls[name](input, weight, bias, None)
     if not usual:
         _check(input, weight, bias, weight_scale, autocast)
     inputs = LinearInputs(input, weight, bias, weight_scale)
@@ -147,9 +150,16 @@ def _measured(inputs: LinearInputs) -> str:
         return ""
     if inputs.weight_scale is None and torch._C._is_any_autocast_enabled():
         return ""  # torch keeps the weights that it has cast
-    if not _few_rows(inputs.input, inputs.weight):
-        return ""
-    return fastest("linear", inputs.weight) if inputs.weight_scale is None else "cpu"
+    if inputs.weight_scale is None:
+        return _fastest(inputs.input, inputs.weight)
+    return "cpu" if _few_rows(inputs.input, inputs.weight) else ""
+
+
+def _fastest(input: Tensor, weight: Tensor) -> str:
+    if _few_rows(input, weight):
+        return fastest("linear", weight)
+    many = input.is_cpu and weight.dim() == 2 and weight.shape[1] > 0
+    return "onednn" if many and onednn.faster(input.numel() // weight.shape[1], weight) else ""
 
 
 def _few_rows(input: Tensor, weight: Tensor) -> bool:
@@ -266,6 +276,45 @@ def register_cpu(name: str, launchers: Launchers) -> None:
     )
 
 
+def _onednn_reasons(inputs: LinearInputs) -> list[str]:
+    return _cpu_reasons(inputs) + (["does not serve int8"] if inputs.weight_scale is not None else [])
+
+
+def onednn_fwd(input: Tensor, weight: Tensor, bias: Tensor | None, weight_scale: Tensor | None) -> Tensor:
+    """-> output."""
+    return onednn.product(input.contiguous(), weight.contiguous(), bias)
+
+
+def onednn_bwd(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of input, weight and bias; empty where not needed."""
+    nothing, (outputs, features) = input.new_empty(0), weight.shape
+    grad, x = grad_output.reshape(-1, outputs).contiguous(), input.reshape(-1, features).contiguous()
+    return (
+        onednn.product(grad, weight.contiguous().mT).view(input.shape) if needs_grad[0] else nothing,
+        onednn.product(grad.mT, x.mT) if needs_grad[1] else nothing,
+        grad.sum(0) if needs_grad[2] and bias is not None else nothing,
+    )
+
+
 LINEAR.register(Backend("native", dtypes=EVERY_DTYPE, call=_composite))
+LINEAR.register(
+    Backend(
+        "onednn",
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float32}),
+        reasons=_onednn_reasons,
+        fwd=onednn_fwd,
+        bwd=onednn_bwd,
+        available=onednn.missing,
+        copies=lambda inputs: rows.copies(1, input=inputs.input) + rows.copies(1, weight=inputs.weight),
+    )
+)
 LINEAR.register(Backend("reference", reasons=_needs_matrix, fwd=reference.linear_fwd, bwd=reference.linear_bwd))
 register_cpu("cpu", CPU)
