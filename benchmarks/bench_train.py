@@ -37,7 +37,8 @@ class Loop:
     def __init__(self, model: nn.Module, config: TrainConfig, module: Any, compiled: bool = False) -> None:
         self.model, self.config, self.module = model.train(), config, module
         self.forward = torch.compile(model, dynamic=False) if compiled else model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True)
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **options)
 
     def step(self, inputs: dict[str, Any], lr: float | None = None) -> torch.Tensor:
         with mock.patch.object(self.module, "F", PLAIN), self.config.autocast():

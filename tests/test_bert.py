@@ -259,3 +259,16 @@ def test_compiled_without_a_graph_break_it_equals_eager():
     model, mask = make(dtype=torch.float32), MASKS["right"]
     compiled = torch.compile(lambda ids, mask: model(ids, mask, unpad=False).last_hidden_state, fullgraph=True)
     torch.testing.assert_close(compiled(ids(), mask), model(ids(), mask, unpad=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_labels_at_padding_are_no_labels(told):
+    torch.manual_seed(0)
+    shape = BERTConfig(vocab_size=40, max_seq_len=8, hidden_size=16, num_layers=1, num_heads=2)
+    model = BERTForMaskedLM(shape).double()
+    ids, mask = torch.randint(40, (3, 8)), torch.arange(8) < torch.tensor([[5], [8], [2]])
+    labels = torch.where(torch.arange(8) % 2 == 0, ids, -100)
+    clean = labels.where(mask, -100)
+    labelled = (labels.flatten() != -100).nonzero().flatten() if told else None
+    loss = model(ids, mask.long(), labels=labels, labelled=labelled).loss
+    torch.testing.assert_close(loss, model(ids, mask.long(), labels=clean).loss)

@@ -11,8 +11,9 @@ import torch
 
 __all__ = ["kept_memory", "peak_memory"]
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+# glibc raises its thresholds to these by itself as large memory is freed, but no longer once they have been set.
+_DEFAULTS = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 65536}
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 
 
@@ -21,7 +22,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     """What is freed within stays with the process, for the next step: on a CPU with glibc.
 
     glibc gives every large tensor back to the system when it is freed, and the system clears every page of the next
-    one: of a step on a CPU that is a fifth to a third.
+    one: of a step of a GPT on a CPU about a fifth.
     """
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
