@@ -18,6 +18,9 @@ import torch
 
 import fastlm
 from fastlm import cli, data, models
+from fastlm.cli.generate import print_text
+from fastlm.cli.runs import new_run
+from fastlm.cli.train import settings_of
 from fastlm.config import read_toml
 from fastlm.models import GPT
 from fastlm.models.pretrained import read_tensors
@@ -116,7 +119,7 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(home):
         '[model]\nnum_layers = 2\n[data]\npath = "corpus"\nvocab_size = 300\n'
         "[train]\nsteps = 3\nlr = 0.5\noptimizer_options = {ns_steps = 3}\n"
     )
-    settings = cli._settings("own.toml", {"train.lr": 0.25, "model.num_heads": 2})
+    settings = settings_of("own.toml", {"train.lr": 0.25, "model.num_heads": 2})
     assert settings["model"]["num_layers"] == 2
     assert settings["model"]["num_heads"] == 2
     assert settings["model"]["hidden_size"] == 192
@@ -142,7 +145,7 @@ def test_a_bert_is_pretrained_too(home, capsys, kind):
     "path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda path: path.stem
 )
 def test_every_configuration_that_comes_along_is_one(path):
-    settings = cli._settings(path, {})
+    settings = settings_of(path, {})
     kind = settings["model"].pop("type")
     getattr(models, kind).config_type.from_dict({"vocab_size": 300, **settings["model"]})
     TrainConfig.from_dict(settings["train"])
@@ -154,15 +157,15 @@ def test_gpt_tiny_is_what_no_options_train():
         return TrainConfig.from_dict(settings["train"]), data.DataConfig.from_dict(settings["data"]), settings["model"]
 
     tiny = Path(__file__).parents[1] / "configs/gpt-tiny.toml"
-    assert resolved(cli._settings(tiny, {})) == resolved(cli._settings(None, {}))
+    assert resolved(settings_of(tiny, {})) == resolved(settings_of(None, {}))
 
 
 def test_a_run_without_a_name_is_called_after_its_data_and_numbered(home):
-    names = [cli._new_run(home / "runs", None, data).name for data in (None, "corpus", "x/y/book.txt")]
+    names = [new_run(home / "runs", None, data).name for data in (None, "corpus", "x/y/book.txt")]
     assert names == ["stdlib", "corpus", "book"]
     (home / "runs/corpus").mkdir()
     (home / "runs/corpus-2").mkdir()
-    assert cli._new_run(home / "runs", None, "corpus").name == "corpus-3"
+    assert new_run(home / "runs", None, "corpus").name == "corpus-3"
 
 
 def test_every_field_is_an_option(capsys):
@@ -190,7 +193,7 @@ def wait_for(condition, process, seconds=60):
 
 
 def test_ctrl_c_saves_a_whole_checkpoint_and_says_how_to_go_on(home, capsys):
-    command = [sys.executable, "-m", "fastlm.cli", "train", "--data", "corpus", "--name", "stopped", "--steps", "9000"]
+    command = [sys.executable, "-m", "fastlm", "train", "--data", "corpus", "--name", "stopped", "--steps", "9000"]
     process = subprocess.Popen([*command, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = home / "runs/stopped/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, process)
@@ -249,7 +252,7 @@ def test_resuming_takes_every_setting_from_the_run(home, capsys):
         ("train --resume --name nope", "no such run: runs/nope"),
         ("train --resume --out nowhere", "there is no run to resume in nowhere"),
         ("generate nope", "no such run or model: nope"),
-        ("generate corpus", "data: no tokenizer at corpus/tokenizer.json"),
+        ("generate corpus", "data: no tokenizer at corpus: a folder needs .*"),
         ("generate runs/done --max-new-tokens 64", "prompt and new tokens must fit max_seq_len = 64, got 1 and 64"),
         ("generate runs/done --max-new-tokens 0", "generate: max_new_tokens must be at least 1, got 0"),
         ("generate runs/done --prompt " + "x." * 70, "the prompt has 141 tokens, the model's context only 64, .*"),
@@ -320,7 +323,7 @@ def test_generate_prints_the_prompt_and_what_follows(home, capsys):
 
 
 def test_generate_without_a_seed_draws_anew_in_every_process(home):
-    command = [sys.executable, "-m", "fastlm.cli", "generate", "runs/done"]
+    command = [sys.executable, "-m", "fastlm", "generate", "runs/done"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     one, two = (process.communicate(timeout=120)[0] for process in processes)
     assert one != two
@@ -380,8 +383,8 @@ def test_a_stop_text_ends_the_text_before_it(home, capsys):
 
 
 def test_the_end_of_the_document_ends_the_text(home, capsys, monkeypatch):
-    tokenizer = cli.data.load_tokenizer(home / "runs/done/tokenizer.json")
-    eos = tokenizer.token_to_id(cli.EOS_TOKEN)
+    tokenizer = data.load_tokenizer(home / "runs/done/tokenizer.json")
+    eos = tokenizer.token_to_id(data.EOS_TOKEN)
     spelled = [*tokenizer.encode("one").ids, eos, *tokenizer.encode("two").ids]
 
     def logits(self, hidden):
@@ -392,7 +395,7 @@ def test_the_end_of_the_document_ends_the_text(home, capsys, monkeypatch):
     options = ["--greedy", "--max-new-tokens", str(len(spelled))]
     with fastlm.use_backend("native"):  # where the logits are what that method gives
         assert generated(capsys, *options) == "one\n"
-        assert generated(capsys, *options, "--ignore-eos") == f"one{cli.EOS_TOKEN}two\n"
+        assert generated(capsys, *options, "--ignore-eos") == f"one{data.EOS_TOKEN}two\n"
         assert json.loads(generated(capsys, *options, "--json")) == {"prompt": "", "text": "one", "finish": "end"}
 
 
@@ -415,7 +418,7 @@ def test_text_is_printed_in_whole_characters_only(home, capsys):
         def stream(self, input_ids, max_new_tokens, **_):
             yield from tokenizer.encode("é行").ids[:max_new_tokens]
 
-    tokenizer = cli.data.load_tokenizer(home / "runs/done/tokenizer.json")
+    tokenizer = data.load_tokenizer(home / "runs/done/tokenizer.json")
     writes = []
     capsys.readouterr()
     stdout = sys.stdout
@@ -423,7 +426,7 @@ def test_text_is_printed_in_whole_characters_only(home, capsys):
         sys.stdout = type(
             "Recorder", (), {"write": lambda self, text: writes.append(text), "flush": lambda self: None}
         )()
-        cli._print_text(Spelling(), tokenizer, "", [0])
+        print_text(Spelling(), tokenizer, "", [0])
     finally:
         sys.stdout = stdout
     assert "".join(writes) == "é行\n"
@@ -431,7 +434,7 @@ def test_text_is_printed_in_whole_characters_only(home, capsys):
 
 
 def test_output_that_nobody_reads_on_is_no_error(home):
-    command = f"{sys.executable} -m fastlm.cli info | head -1"
+    command = f"{sys.executable} -m fastlm info | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 

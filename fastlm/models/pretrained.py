@@ -75,11 +75,11 @@ class Pretrained(nn.Module):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         values, weights, layout = self.config.to_dict(), self.state_dict(), self._layout()
+        kind = type(self).__name__ if layout is None else self.architectures[layout.model_type]
         if layout is not None:
             dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
             values = {
                 **self.other_config,
-                "architectures": [self.architectures[layout.model_type]],
                 **layout.write_config(values),
                 **self.write_more(),
                 **({"dtype": dtypes.pop()} if len(dtypes) == 1 else {}),
@@ -88,7 +88,7 @@ class Pretrained(nn.Module):
         with replacing(folder / "model.safetensors") as path:
             write_tensors(weights, path)
         with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(values | {"architectures": [kind]}, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls: type[_M], source: str | Path | nn.Module) -> _M:
@@ -137,7 +137,8 @@ class Pretrained(nn.Module):
             }
             layout = max(cls.layouts, key=lambda layout: count[layout.model_type], default=None)
             if layout is None or not count[layout.model_type]:
-                return None, cls.config_type.from_dict(values), {}
+                own_values = {name: value for name, value in values.items() if name != "architectures"}
+                return None, cls.config_type.from_dict(own_values), {}
         else:
             layout = next((layout for layout in cls.layouts if layout.model_type == kind), None)
         if layout is None:

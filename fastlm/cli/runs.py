@@ -1,0 +1,46 @@
+"""A run's folder and its settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastlm.config import nearest, read_toml
+
+__all__ = ["existing_run", "new_run", "tables_of"]
+
+TABLES = ("model", "data", "train")
+
+
+def tables_of(file: str | Path | None, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the file says about a run, and over it what options say, named `table.field`."""
+    tables = {} if file is None else read_toml(Path(file))
+    for table, values in tables.items():
+        if table not in TABLES or not isinstance(values, dict):
+            raise ValueError(f"{file}: unknown table {table!r}{nearest(table, TABLES)}")
+    said: dict[str, dict[str, Any]] = {table: dict(tables.get(table, {})) for table in TABLES}
+    for key, value in given.items():
+        table, _, field = key.partition(".")
+        said[table][field] = value
+    return said
+
+
+def new_run(out: Path, name: str | None, data: str | None) -> Path:
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise ValueError(f"--name must be the name of a folder, got {name!r}")
+    if name is not None and (out / name).exists():
+        raise FileExistsError(
+            f"{out / name} exists: --resume --name {name} goes on with it, another --name starts anew"
+        )
+    base = "stdlib" if data is None else Path(data).resolve().stem or "root"
+    names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
+    return out / (name or next(name for name in names if not (out / name).exists()))
+
+
+def existing_run(out: Path, name: str | None) -> Path:
+    runs = [path.parent for path in out.glob("*/config.toml") if name in (None, path.parent.name)]
+    if not runs:
+        raise FileNotFoundError(f"there is no run to resume in {out}" if name is None else f"no such run: {out / name}")
+    return max(runs, key=lambda run: (run / "metrics.jsonl").stat().st_mtime)

@@ -1,0 +1,141 @@
+"""`fastlm train`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlm import data, models
+from fastlm.cli.generate import TEMPERATURE, print_text
+from fastlm.cli.parser import Parser, called, tell
+from fastlm.cli.runs import existing_run, new_run, tables_of
+from fastlm.models import GPT, BERTConfig
+from fastlm.text import prompt_ids
+
+# What `fastlm train` makes of no options, beside the defaults of the configurations: of GPT, the model that learns most
+# in two minutes on two cores.
+SIZE: dict[str, Any] = {"hidden_size": 192, "num_layers": 3, "num_heads": 3, "max_seq_len": 256}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "GPT": {"model": {**SIZE, "position": "alibi", "activation": "relu"}, "data": {}},
+    "BERTForMaskedLM": {"model": SIZE, "data": {"tokenizer": "wordpiece"}},
+    "BERTForPreTraining": {"model": SIZE, "data": {"tokenizer": "wordpiece"}},
+}
+
+
+def train(argv: list[str]) -> int:
+    """train a GPT or a BERT on text; without options a GPT on the sources of Python's library, for two minutes"""
+    from fastlm.train import TrainConfig, Trainer, speedup
+
+    parser = Parser("train", train.__doc__)
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML with the tables model, data and train")
+    parser.add_argument("--name", help="of the run [that of the data]")
+    parser.add_argument("--out", metavar="DIR", help="where runs are kept [runs]")
+    parser.add_argument("--resume", action="store_true", help="go on with a run: the latest, or the one --name says")
+    parser.add_argument("--profile", action="store_true", help="write a trace of three steps to trace.json")
+    parser.add_argument("--price-per-hour", metavar="X", type=float, help="of the machine: says what the run costs")
+    parser.add_argument("--model.type", choices=list(DEFAULTS), help="[GPT]", dest="model.type")
+    parser.add_fields("model", BERTConfig, DEFAULTS["GPT"]["model"], leave_out=("vocab_size",))
+    parser.add_fields("data", data.DataConfig, {}, also={"path": "--data"})
+    parser.add_fields("train", TrainConfig, {})
+    given = parser.parse(argv)
+
+    out, name = Path(given.pop("out", "runs")), given.pop("name", None)
+    options = {key: given.pop(key) for key in ("profile", "price_per_hour") if key in given}
+    file = given.pop("config", None)
+    resume = given.pop("resume", False)
+    folder = existing_run(out, name) if resume else None
+    if folder is not None and file is not None:
+        raise ValueError("--resume takes the configuration of the run, and no other")
+    settings = settings_of(folder / "config.toml" if folder else file, given)
+    kind = settings["model"].pop("type")
+    config, of_data = TrainConfig.from_dict(settings["train"]), data.DataConfig.from_dict(settings["data"])
+    model_type = getattr(models, kind)
+    shape = {**settings["model"], "vocab_size": of_data.vocab_size}
+    model_type.config_type.from_dict(shape)  # whatever is wrong with it, say so before the text is read
+    if folder is None:
+        folder = new_run(out, name, of_data.path)
+    how = {key: value for key, value in of_data.to_dict().items() if key not in ("path", *_OF_EXAMPLES)}
+    dataset = data.prepare(of_data.path, **how, progress=tell)
+    tell(dataset.summary)
+    torch.manual_seed(config.seed)
+    model = model_type(model_type.config_type.from_dict({**shape, "vocab_size": dataset.vocab_size}))
+    objectives = [_objective(model, of_data, config.seq_len, dataset, part) for part in ("train", "val")]
+    step_seconds, ratio = (None, None) if resume else speedup(model, config, objectives[0])
+    tokenizer = dataset.tokenizer_path
+    trainer = Trainer(
+        model, config, *objectives, folder=folder, source=of_data.to_dict(), tokenizer=tokenizer, **options
+    )
+    if resume:
+        trainer.resume()
+    figures = {}
+    if isinstance(model, GPT):
+        figures = data.baselines(dataset, progress=tell)
+        trainer.baselines = {"n-gram": figures["ngram"]}
+    tell(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
+    evaluation = trainer.train()
+    command = called()
+    if trainer.interrupted or evaluation is None:
+        where = [] if out == Path("runs") else ["--out", str(out)]
+        print(f"stopped and saved at step {trainer.step:,}; to go on:")
+        print(f"  {shlex.join([command, 'train', '--resume', '--name', folder.name, *where])}")
+        return 130
+    print(f"\nvalidation loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.1f}\n")
+    if figures:
+        print("bits per byte of the validation text")
+        print(f"  this model                    {evaluation.bits_per_byte:.3f}")
+        print(f"  n-gram of six bytes           {figures['ngram']:.3f}")
+        print(f"  xz alone                      {figures['xz']:.3f}")
+        print(f"  xz, given the training text   {figures['xz_given_train']:.3f}\n")
+    if ratio is not None:
+        print(
+            f"A step of {step_seconds:.3f} s is {ratio:.2f} times as fast as the same model's in plain PyTorch here.\n"
+        )
+    if isinstance(model, GPT):
+        print(f"A sample at temperature {TEMPERATURE}:\n")
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
+        print_text(model.eval(), dataset.tokenizer(), "", prompt_ids(model, dataset.tokenizer(), ""), **sampling)
+        print()
+    print(f"Curves in {folder / 'loss.png'}.", end="")
+    if isinstance(model, GPT):
+        print(f" Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '", end="")
+    print()
+    return 0
+
+
+_OF_EXAMPLES = ("separate_documents", "mask_probability")  # fields of DataConfig that are not prepare's
+
+
+def _objective(model: Any, config: data.DataConfig, seq_len: int, dataset: data.Dataset, part: str) -> data.Objective:
+    tokens = {"train": dataset.train_tokens, "val": dataset.val_tokens}[part]
+    if isinstance(model, GPT):
+        separator = dataset.eos_id if config.separate_documents else None
+        size = {"train": dataset.train_bytes, "val": dataset.val_bytes}[part]
+        return data.CausalLM(tokens, seq_len, document_id=separator, num_bytes=size)
+    vocabulary = dataset.tokenizer().get_vocab()
+    names: tuple[str, ...] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    special = {name: vocabulary[name] for name in names if name in vocabulary}
+    return data.MaskedLM(
+        tokens,
+        seq_len,
+        special=special,
+        vocab_size=dataset.vocab_size,
+        probability=config.mask_probability,
+        next_sentence=isinstance(model, models.BERTForPreTraining),
+    )
+
+
+def settings_of(file: str | Path | None, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of a run: the defaults of its model's type, what the file says, what options say."""
+    said = tables_of(file, given)
+    kind = said["model"].get("type", "GPT")
+    if kind not in DEFAULTS:
+        raise ValueError(f"model.type must be one of {', '.join(DEFAULTS)}, got {kind!r}")
+    settings = {table: {**DEFAULTS[kind].get(table, {}), **values} for table, values in said.items()}
+    settings["model"]["type"] = kind
+    if "seq_len" in said["train"] and "max_seq_len" not in said["model"]:
+        settings["model"]["max_seq_len"] = said["train"]["seq_len"]
+    return settings
