@@ -34,7 +34,7 @@ from fastlm.ops.linear.op import quantize as quantize_weight
 if TYPE_CHECKING:
     from fastlm.models.gpt import GPT
 
-__all__ = ["generate", "next_token_probabilities", "quantized", "stream"]
+__all__ = ["Sampling", "generate", "next_token_probabilities", "quantized", "stream"]
 
 LOST = -1e9  # added to the score of what must not be chosen; scores of beams are never -inf
 
@@ -132,7 +132,7 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
         top_k: keep the k likeliest tokens, and those as likely as the last of them; 0 keeps all.
         top_p: in (0, 1]; of those keep the smallest set of the likeliest that holds this much probability.
     """
-    return _Options(True, temperature, top_k, top_p).cut(logits.float()).softmax(-1)
+    return Sampling(True, temperature, top_k, top_p).cut(logits.float()).softmax(-1)
 
 
 def quantized(model: GPT) -> GPT:
@@ -173,12 +173,55 @@ class Int8Linear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Options:
+class Sampling:
+    """How the next token is chosen; the fields are arguments of `generate`."""
+
     do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._need(0.0 < self.temperature < math.inf, "temperature", "above 0 and finite")
+        self._need(self.top_k >= 0, "top_k", "at least 1, or 0 for all tokens")
+        self._need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        self._need(0.0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0")
+
+    def _need(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise ValueError(f"generate: {name} must be {what}, got {getattr(self, name)!r}")
+
+    def choose(self, logits: Tensor, ids: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(B,) int64 the next tokens, of logits (B, V) after tokens (B, T), which only a repetition penalty reads."""
+        scores = self.penalise(logits.float(), ids)
+        if not self.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(self.cut(scores).softmax(-1), 1, generator=generator)[:, 0]
+
+    def penalise(self, scores: Tensor, ids: Tensor) -> Tensor:
+        if self.repetition_penalty == 1.0:
+            return scores
+        there = scores.gather(-1, ids.long())
+        penalty = self.repetition_penalty
+        return scores.scatter(-1, ids.long(), torch.where(there < 0, there * penalty, there / penalty))
+
+    def cut(self, scores: Tensor, at_least: int = 1) -> Tensor:
+        """Divided by the temperature, and -inf where a token cannot be drawn; so many tokens can be."""
+        scores = scores / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            least = scores.topk(min(max(self.top_k, at_least), scores.shape[-1]), dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if self.top_p < 1.0:
+            ascending, order = scores.sort(dim=-1)
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            dropped[..., -at_least:] = False
+            scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+        return scores
+
+
+@dataclass(frozen=True)
+class _Options(Sampling):
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -189,23 +232,15 @@ class _Options:
     quantize: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, what: str) -> None:
-            if not holds:
-                raise ValueError(f"generate: {name} must be {what}, got {getattr(self, name)!r}")
-
-        inf = math.inf
-        need(0.0 < self.temperature < inf, "temperature", "above 0 and finite")
-        need(self.top_k >= 0, "top_k", "at least 1, or 0 for all tokens")
-        need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
-        need(0.0 < self.repetition_penalty < inf, "repetition_penalty", "above 0")
-        need(self.num_beams >= 1, "num_beams", "at least 1")
-        need(-inf < self.length_penalty < inf, "length_penalty", "finite")
-        need(self.early_stopping in (True, False, "never"), "early_stopping", 'True, False or "never"')
-        need(self.num_return_sequences >= 1, "num_return_sequences", "at least 1")
+        super().__post_init__()
+        self._need(self.num_beams >= 1, "num_beams", "at least 1")
+        self._need(-math.inf < self.length_penalty < math.inf, "length_penalty", "finite")
+        self._need(self.early_stopping in (True, False, "never"), "early_stopping", 'True, False or "never"')
+        self._need(self.num_return_sequences >= 1, "num_return_sequences", "at least 1")
         most = self.num_beams if self.num_beams > 1 or not self.do_sample else self.num_return_sequences
         what = f"at most num_beams = {most}: without draws and beams there is but one"
-        need(self.num_return_sequences <= most, "num_return_sequences", what)
-        need(self.quantize in (None, "int8"), "quantize", '"int8" or None')
+        self._need(self.num_return_sequences <= most, "num_return_sequences", what)
+        self._need(self.quantize in (None, "int8"), "quantize", '"int8" or None')
 
     @property
     def ends(self) -> list[int]:
@@ -225,26 +260,6 @@ class _Options:
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
-
-    def penalise(self, scores: Tensor, ids: Tensor) -> Tensor:
-        if self.repetition_penalty == 1.0:
-            return scores
-        there = scores.gather(-1, ids)
-        penalty = self.repetition_penalty
-        return scores.scatter(-1, ids, torch.where(there < 0, there * penalty, there / penalty))
-
-    def cut(self, scores: Tensor, at_least: int = 1) -> Tensor:
-        """Divided by the temperature, and -inf where a token cannot be drawn; so many tokens can be."""
-        scores = scores / self.temperature
-        if 0 < self.top_k < scores.shape[-1]:
-            least = scores.topk(min(max(self.top_k, at_least), scores.shape[-1]), dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if self.top_p < 1.0:
-            ascending, order = scores.sort(dim=-1)
-            dropped = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
-            dropped[..., -at_least:] = False
-            scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-        return scores
 
 
 def _check_room(model: GPT, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
@@ -420,12 +435,7 @@ def _tokens(
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     logits = decoder.start().repeat_interleave(N, 0)
     for step in itertools.count(1):
-        scores = options.penalise(logits.float(), ids.long())
-        if options.do_sample:
-            new = torch.multinomial(options.cut(scores).softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            new = scores.argmax(-1)
-        new = new.to(ids.dtype)
+        new = options.choose(logits, ids, generator).to(ids.dtype)
         if len(ends):
             new = new.masked_fill(finished, pad)
             finished |= torch.isin(new, ends)
@@ -463,7 +473,7 @@ def _beam_search(
     among_first = torch.arange(candidates, device=device) < N
     logits = decoder.start().repeat_interleave(N, 0)
     for size in range(1, max_new_tokens + 1):
-        scores = options.penalise(logits.float().log_softmax(-1), running[..., : T + size - 1].flatten(0, 1).long())
+        scores = options.penalise(logits.float().log_softmax(-1), running[..., : T + size - 1].flatten(0, 1))
         if options.do_sample:
             scores = options.cut(scores, 1 + max(1, len(ends)))
         V = scores.shape[-1]

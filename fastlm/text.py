@@ -11,7 +11,7 @@ from fastlm.models import GPT
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["NEW_TOKENS", "pieces", "prompt_ids", "room"]
+__all__ = ["NEW_TOKENS", "Text", "pieces", "prompt_ids", "room"]
 
 NEW_TOKENS = 200  # where nobody says how many
 
@@ -38,21 +38,54 @@ def room(model: GPT, ids: list[int]) -> int:
 
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str], last: int) -> Iterator[str]:
     """The text of tokens, as they come: whole characters, up to a text that ends it; of `last` tokens at most."""
-    new: list[int] = []
-    shown = 0
+    text = Text(tokenizer, stop, last)
     for token in tokens:
-        new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=False)
-        ends = [text.index(each) for each in stop if each in text]
-        if ends:
-            yield text[shown : min(ends)]
+        if piece := text.add(token):
+            yield piece
+        if text.stopped:
             return
+    if rest := text.rest():
+        yield rest
+
+
+class Text:
+    """What `pieces` yields, token by token.
+
+    Args:
+        stop: texts any of which ends it, and is left out.
+        last: after so many tokens nothing waits for what may come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], last: int) -> None:
+        self.tokenizer, self.stop, self.last = tokenizer, stop, last
+        self.tokens: list[int] = []
+        self.shown = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What is certain with one token more; `stopped` says whether the text ends with it."""
+        self.tokens.append(token)
+        text = self._decoded()
+        ends = [text.index(each) for each in self.stop if each in text]
+        if ends:
+            self.stopped = True
+            return self._until(text, min(ends))
+        if len(self.tokens) == self.last:
+            return self._until(text, len(text))
         # What may yet become another character, or the beginning of what ends the text, waits.
-        whole = len(text) if len(new) == last else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        begun = [n for each in stop for n in range(1, len(each)) if text.endswith(each[:n])]
-        until = max(shown, min(whole, len(text) - (max(begun, default=0) if len(new) < last else 0)))
-        if until > shown:
-            yield text[shown:until]
-            shown = until
-    if shown < len(text := tokenizer.decode(new, skip_special_tokens=False)):
-        yield text[shown:]
+        whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        begun = [n for each in self.stop for n in range(1, len(each)) if text.endswith(each[:n])]
+        return self._until(text, min(whole, len(text) - max(begun, default=0)))
+
+    def rest(self) -> str:
+        """What has waited, where no token follows."""
+        text = self._decoded()
+        return self._until(text, len(text))
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=False)
+
+    def _until(self, text: str, end: int) -> str:
+        piece = text[len(self.shown) : end]
+        self.shown += piece
+        return piece
