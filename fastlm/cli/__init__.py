@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from fastlm.cli.finetune import finetune
 from fastlm.cli.generate import generate
 from fastlm.cli.info import info
 from fastlm.cli.train import train
@@ -16,7 +17,12 @@ from fastlm.config import nearest
 
 __all__ = ["main"]
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "info": info}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "finetune": finetune,
+    "generate": generate,
+    "info": info,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(f"fastlm {command}", description=description, allow_abbrev=False)
 
+    def add_run(self) -> None:
+        """What every run takes: CONFIG, and which run it is."""
+        self.add_argument("config", metavar="CONFIG", nargs="?", help="TOML with the tables model, data and train")
+        self.add_argument("--name", help="of the run [that of the data]")
+        self.add_argument("--out", metavar="DIR", help="where runs are kept [runs]")
+        self.add_argument("--resume", action="store_true", help="go on with a run: the latest, or the one --name says")
+        self.add_argument("--profile", action="store_true", help="write a trace of three steps to trace.json")
+        self.add_argument("--price-per-hour", metavar="X", type=float, help="of the machine: says what the run costs")
+
     def add_fields(
         self,
         table: str,

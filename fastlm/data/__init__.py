@@ -10,9 +10,10 @@ Example:
 
 from .baseline import baselines
 from .collate import collate
-from .config import DataConfig
+from .config import DataConfig, LabelledConfig
 from .corpus import Corpus, Document, read_corpus
 from .dataset import Dataset, prepare
+from .labelled import LabelledTexts, encode_texts, read_labelled, split_labelled
 from .objectives import CausalLM, Labelled, MaskedLM, Objective
 from .tokenizer import EOS_TOKEN, load_tokenizer
 from .tokens import Tokens
@@ -25,12 +26,17 @@ __all__ = [
     "Dataset",
     "Document",
     "Labelled",
+    "LabelledConfig",
+    "LabelledTexts",
     "MaskedLM",
     "Objective",
     "Tokens",
     "baselines",
     "collate",
+    "encode_texts",
     "load_tokenizer",
     "prepare",
     "read_corpus",
+    "read_labelled",
+    "split_labelled",
 ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastlm.config import Config
 
-__all__ = ["DataConfig"]
+__all__ = ["DataConfig", "LabelledConfig"]
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,35 @@ class DataConfig(Config):
     split_seed: int = 0
     separate_documents: bool = False
     mask_probability: float = 0.15
+
+
+@dataclass(frozen=True)
+class LabelledConfig(Config):
+    """Where labelled texts come from, and which of them a classifier is measured on.
+
+    Args:
+        path: JSONL, CSV, TSV or parquet
+        text_column: of its rows
+        label_column: of its rows
+        val_path: what to validate on, a file; None draws val_fraction
+        test_path: what to measure on at the end, a file; None draws test_fraction
+        val_fraction: of each class, to choose the best checkpoint by
+        test_fraction: of each class, to measure that on
+        split_seed: of the draws
+        deduplicate: keep a text once, and not at all where its labels differ
+    """
+
+    path: str
+    text_column: str = "text"
+    label_column: str = "label"
+    val_path: str | None = None
+    test_path: str | None = None
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    deduplicate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("val_fraction", "test_fraction"):
+            self._need(0 <= getattr(self, name) <= 0.5, name, "from 0 to 0.5")

@@ -14,19 +14,22 @@ import os
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, cast
+from typing import IO, Any, NamedTuple, cast
 
-__all__ = ["Corpus", "Document", "read_corpus", "utf8"]
+__all__ = ["Corpus", "Document", "read_corpus", "read_rows", "utf8"]
 
 _NOT_IN_STDLIB = frozenset(
     ("test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data", "site-packages", "dist-packages")
 )
 _PART_BYTES = 32 << 20  # a larger text file is several documents
 _MAX_HASHED_BYTES = 1 << 30  # of a larger corpus the names, sizes and times stand for the content
+_ROWS = (".jsonl", ".csv", ".tsv", ".parquet")
 _COMPRESSED = (".txt", ".jsonl", ".csv", ".tsv")  # read through gzip when .gz follows
+Columns = Mapping[str, str]  # what each is for -> its name
 
 
 class Document(NamedTuple):
@@ -179,38 +182,72 @@ def _encode(text: str | bytes | None) -> bytes | None:
     return encoded if encoded and not encoded.isspace() else None
 
 
+def read_rows(path: str | Path, columns: Columns) -> Iterator[tuple[str, list[Any] | None]]:
+    """The name (`file.csv:17`) and the values in these columns of every row of a JSONL, CSV, TSV or parquet file, or of
+    those of a folder; None for a row that is blank.
+
+    `columns` has them by what they are for, which errors say: `text_column` and `label_column`.
+    Raises as `read_corpus` does, and ValueError for a file of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file or folder: {path}")
+    files = sorted(_files(path)) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"data: there is no file in {path}")
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else path.name
+        if _kind(file)[0] not in _ROWS:
+            raise ValueError(f"data: {file} must end in {', '.join(_ROWS)} to have {' and '.join(columns)}")
+        try:
+            yield from _rows(name, file, columns, lambda position: None)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"data: {file} cannot be read: {error}") from None
+
+
+def _kind(path: Path) -> tuple[str, bool]:
+    """The suffix that says what a file holds, and whether it is compressed."""
+    kind, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return (inner, True) if kind == ".gz" and inner in _COMPRESSED else (kind, False)
+
+
 def _read(name: str, path: Path, column: str, at: Callable[[int], None]) -> Iterator[tuple[str, str | bytes | None]]:
     """Names and texts of the documents of a file, None for one to be skipped. `at` is told how many bytes are read."""
-    if not path.is_file():  # a dangling link, a socket, a pipe that would block
+    if not path.is_file() or not os.access(path, os.R_OK):  # a dangling link, a socket, a pipe that would block
         yield name, None
-        return
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        yield from _parquet_rows(name, path, column, at)
-        return
-    inner = Path(path.stem).suffix.lower()
-    compressed = kind == ".gz" and inner in _COMPRESSED
-    if compressed:
-        kind = inner
-    try:
-        raw = open(path, "rb")  # noqa: SIM115 - closed below
-    except PermissionError:
-        yield name, None
-        return
-    with raw, gzip.open(raw) if compressed else raw as file:
-        stream = cast("IO[bytes]", file)
-        if kind not in (".jsonl", ".csv", ".tsv"):
-            yield from _text_parts(name, stream, lambda: at(raw.tell()))
-            return
-        rows = _json_rows(name, stream, column) if kind == ".jsonl" else _csv_rows(name, stream, column, kind)
+    elif _kind(path)[0] in _ROWS:
         empty = True
-        for i, row in enumerate(rows):
+        for where, row in _rows(name, path, {"text_column": column}, at):
             empty = False
+            text = None if row is None else row[0]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"data: {where}: the text must be a string or null, got {type(text).__name__}")
+            yield where, text
+        if empty:
+            yield name, None
+    else:
+        with _opened(path) as (raw, file):
+            yield from _text_parts(name, file, lambda: at(raw.tell()))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file as it is, whose place is what has been read, and what it holds."""
+    with open(path, "rb") as raw, gzip.open(raw) if _kind(path)[1] else raw as file:
+        yield raw, cast("IO[bytes]", file)
+
+
+def _rows(name: str, path: Path, columns: Columns, at: Callable[[int], None]) -> Iterator[tuple[str, list[Any] | None]]:
+    kind = _kind(path)[0]
+    if kind == ".parquet":
+        yield from _parquet_rows(name, path, columns, at)
+        return
+    with _opened(path) as (raw, file):
+        rows = _json_rows(name, file, columns) if kind == ".jsonl" else _csv_rows(name, file, columns, kind)
+        for i, row in enumerate(rows):
             if i % 256 == 0:
                 at(raw.tell())
             yield row
-        if empty:
-            yield name, None
 
 
 def _text_parts(name: str, file: IO[bytes], tell: Callable[[], None]) -> Iterator[tuple[str, bytes | None]]:
@@ -253,7 +290,7 @@ def whole_lines(text: bytes) -> int:
     return cut
 
 
-def _json_rows(name: str, file: IO[bytes], column: str) -> Iterator[tuple[str, str | None]]:
+def _json_rows(name: str, file: IO[bytes], columns: Columns) -> Iterator[tuple[str, list[Any] | None]]:
     for number, line in enumerate(file, 1):
         where = f"{name}:{number}"
         if number == 1:
@@ -266,15 +303,15 @@ def _json_rows(name: str, file: IO[bytes], column: str) -> Iterator[tuple[str, s
         except (ValueError, RecursionError) as error:
             raise ValueError(f"data: {where} is not JSON: {error}") from None
         if isinstance(row, dict):
-            if column not in row:
-                _no_column(where, column, row)
-            row = row[column]
-        if row is not None and not isinstance(row, str):
-            raise ValueError(f"data: {where}: the text must be a string or null, got {type(row).__name__}")
-        yield where, row
+            _check_columns(where, columns, row)
+            yield where, [row[column] for column in columns.values()]
+        elif len(columns) == 1:  # the text itself
+            yield where, [row]
+        else:
+            raise ValueError(f"data: {where} must be an object, got {type(row).__name__}")
 
 
-def _csv_rows(name: str, file: IO[bytes], column: str, kind: str) -> Iterator[tuple[str, str | None]]:
+def _csv_rows(name: str, file: IO[bytes], columns: Columns, kind: str) -> Iterator[tuple[str, list[Any] | None]]:
     # what is not UTF-8 becomes lone surrogates, so that the line it stands in is known
     lines = io.TextIOWrapper(cast("Any", file), "utf-8-sig", "surrogateescape", newline="")
     rows = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
@@ -284,9 +321,8 @@ def _csv_rows(name: str, file: IO[bytes], column: str, kind: str) -> Iterator[tu
         header = next(rows, None)
         if header is None:
             return
-        if column not in header:
-            _no_column(f"{name}:1", column, header)
-        index = header.index(column)
+        _check_columns(f"{name}:1", columns, header)
+        places = [header.index(column) for column in columns.values()]
         number = rows.line_num + 1
         for row in rows:
             where, number = f"{name}:{number}", rows.line_num + 1
@@ -295,11 +331,12 @@ def _csv_rows(name: str, file: IO[bytes], column: str, kind: str) -> Iterator[tu
                 continue
             if len(row) != len(header):
                 raise ValueError(f"data: {where} has {len(row)} fields, the header has {len(header)}")
+            values = [row[place] for place in places]
             try:
-                row[index].encode()
+                "".join(values).encode()
             except UnicodeEncodeError:
                 raise ValueError(f"data: {where} is not UTF-8") from None
-            yield where, row[index]
+            yield where, values
     except csv.Error as error:
         raise ValueError(f"data: {name}:{number} is not CSV: {error}") from None
     finally:
@@ -307,7 +344,9 @@ def _csv_rows(name: str, file: IO[bytes], column: str, kind: str) -> Iterator[tu
         lines.detach()  # the file is closed by who opened it
 
 
-def _parquet_rows(name: str, path: Path, column: str, at: Callable[[int], None]) -> Iterator[tuple[str, str | None]]:
+def _parquet_rows(
+    name: str, path: Path, columns: Columns, at: Callable[[int], None]
+) -> Iterator[tuple[str, list[Any] | None]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -316,21 +355,17 @@ def _parquet_rows(name: str, path: Path, column: str, at: Callable[[int], None])
     size, number = path.stat().st_size, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                _no_column(name, column, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            _check_columns(name, columns, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=[*columns.values()]):
                 at(size * number // max(file.metadata.num_rows, 1))
-                for value in batch.column(0):
+                for values in zip(*(batch.column(column) for column in columns.values()), strict=True):
                     number += 1
-                    text = value.as_py()
-                    if text is not None and not isinstance(text, str):
-                        raise ValueError(f"data: {name}:{number}: {column!r} is {batch.column(0).type}, not a string")
-                    yield f"{name}:{number}", text
+                    yield f"{name}:{number}", [value.as_py() for value in values]
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"data: {name} is not parquet that can be read (row {number + 1}): {error}") from None
-    if number == 0:
-        yield name, None
 
 
-def _no_column(where: str, column: str, columns: Iterable[Any]) -> NoReturn:
-    raise ValueError(f"data: {where} has no column {column!r} (text_column), it has {', '.join(map(str, columns))}")
+def _check_columns(where: str, columns: Columns, there: Collection[Any]) -> None:
+    for purpose, column in columns.items():
+        if column not in there:
+            raise ValueError(f"data: {where} has no column {column!r} ({purpose}), it has {', '.join(map(str, there))}")

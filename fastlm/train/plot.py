@@ -11,7 +11,7 @@ import numpy as np
 
 from fastlm.models.pretrained import replacing
 
-__all__ = ["plot_loss"]
+__all__ = ["plot_confusion", "plot_loss"]
 
 
 def plot_loss(
@@ -34,7 +34,7 @@ def plot_loss(
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    axes.set(ylabel="loss (nats per token)", yscale="log")
+    axes.set(ylabel="loss (nats)", yscale="log")
     rates = [(record["step"], record["lr"]) for record in records if "lr" in record]
     below.plot(*zip(*rates, strict=True) if rates else ((), ()), color="C2", linewidth=1.2)
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -57,5 +57,31 @@ def plot_loss(
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def plot_confusion(counts: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """How often each class (row) was taken for each (column), and the share of its row as the colour, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    table = np.asarray(counts, dtype=np.float64)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = min(14.0, 2.6 + 0.55 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+    few = len(classes) <= 30  # else names and numbers would run into each other
+    axes.set(xlabel="predicted", ylabel="label")
+    places = range(len(classes)) if few else []
+    axes.set_xticks(places, names if few else [], rotation=45 if len(classes) > 3 else 0)
+    axes.set_yticks(places, names if few else [])
+    for (row, column), count in np.ndenumerate(table if few else np.empty((0, 0))):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{count:,.0f}", ha="center", va="center", color=color)
+    figure.colorbar(image, label="share of the label's texts")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
