@@ -444,4 +444,5 @@ def test_info_and_help_print_and_succeed(capsys):
     assert "layer_norm" in capsys.readouterr().out
     for arguments in ([], ["--help"]):
         assert cli.main(arguments) == 0
-        assert re.search(r"train .*\n  generate .*\n  info ", capsys.readouterr().out)
+        commands = re.findall(r"^  (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
+        assert commands == ["train", "finetune", "evaluate", "generate", "serve", "info"]

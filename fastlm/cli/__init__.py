@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Callable
 
+from fastlm.cli.evaluate import evaluate
 from fastlm.cli.finetune import finetune
 from fastlm.cli.generate import generate
 from fastlm.cli.info import info
+from fastlm.cli.serve import serve
 from fastlm.cli.train import train
 from fastlm.config import nearest
 
@@ -20,7 +22,9 @@ __all__ = ["main"]
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "finetune": finetune,
+    "evaluate": evaluate,
     "generate": generate,
+    "serve": serve,
     "info": info,
 }
 

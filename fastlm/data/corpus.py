@@ -341,7 +341,8 @@ def _csv_rows(name: str, file: IO[bytes], columns: Columns, kind: str) -> Iterat
         raise ValueError(f"data: {name}:{number} is not CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
-        lines.detach()  # the file is closed by who opened it
+        if not lines.closed:  # the file is closed by who opened it
+            lines.detach()
 
 
 def _parquet_rows(

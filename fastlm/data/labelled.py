@@ -127,9 +127,10 @@ def split_labelled(config: LabelledConfig) -> dict[str, LabelledTexts]:
             - drawn["val"],
             key=lambda text: blake2b(utf8(f"{config.split_seed}\0{text.strip()}")).digest(),
         )
+        whole = len(texts)
         for part, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
             if part not in parts:
-                count = min(round(fraction * len(texts)), len(texts) - 1)
+                count = min(round(fraction * whole), len(texts) - 1)
                 drawn[part].update(texts[:count])
                 texts = texts[count:]
     for part, texts_of in drawn.items():
