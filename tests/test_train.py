@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from fastlm.models import (
     BERTForSequenceClassification,
     GPTConfig,
 )
-from fastlm.models.pretrained import read_tensors
+from fastlm.models.pretrained import read_tensors, write_tensors
 from fastlm.train import Evaluation, NonFiniteError, TrainConfig, Trainer, checkpoint
 from fastlm.train.estimate import Estimate, saved_bytes
 from fastlm.train.memory import kept_memory
@@ -40,6 +41,7 @@ CONFIG = TrainConfig(
 )
 
 
+SHARD = "training/shard-00001-model-00001-of-00001.safetensors"
 LEFT = ["best", "checkpoint-12", "config.toml", "loss.png", "metrics.jsonl"]
 
 
@@ -238,7 +240,7 @@ def test_fp16_scales_the_loss_and_goes_on_after_an_interruption(tmp_path):
     assert whole.metrics.records[-2]["loss"] < whole.metrics.records[0]["loss"]
     exact = trainer(config=dataclasses.replace(config, dtype="fp32"))
     exact.train()
-    assert whole.metrics.records[-2]["grad_norm"] == pytest.approx(exact.metrics.records[-2]["grad_norm"], rel=0.1)
+    assert whole.metrics.records[0]["grad_norm"] == pytest.approx(exact.metrics.records[0]["grad_norm"], rel=0.02)
     first = trainer(tmp_path / "parts", config)
     stop_after(first, 7)
     first.train()
@@ -492,7 +494,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_pat
     assert not second.interrupted
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert evaluation == whole.evaluation
-    for name in ("model.safetensors", "training.safetensors"):
+    for name in ("model.safetensors", SHARD):
         one, two = (read_tensors(tmp_path / run / "checkpoint-12" / name) for run in ("whole", "parts"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -555,14 +557,46 @@ def test_resuming_without_a_checkpoint_is_refused(tmp_path):
         trainer(tmp_path).resume()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", SHARD, "training.json"])
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, name):
     trainer(tmp_path).train()
     path = tmp_path / "checkpoint-12" / name
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{name} is damaged") as caught:
+    with pytest.raises(ValueError, match=f"checkpoint-12/{name.split('/')[0]} is damaged") as caught:
         trainer(tmp_path).resume()
     assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no such file: .*{name}$"):
+        trainer(tmp_path).resume()
+
+
+def test_state_of_another_shape_is_refused(tmp_path):
+    trainer(tmp_path).train()
+    path = tmp_path / "checkpoint-12" / SHARD
+    tensors = read_tensors(path)
+    tensors["adamw.final_norm.bias.exp_avg"] = torch.zeros(3)
+    write_tensors(tensors, path)
+    with pytest.raises(ValueError, match=r"final_norm.bias.exp_avg has shape \(3,\) instead of \(16,\)"):
+        trainer(tmp_path).resume()
+
+
+def test_a_checkpoint_of_the_time_before_there_were_several_processes_is_gone_on_with(tmp_path):
+    """The state in one file beside the model, with that of the random generators, and fewer fields."""
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    first = trainer(tmp_path / "parts")
+    stop_after(first, 7)
+    first.train()
+    folder = tmp_path / "parts/checkpoint-7"
+    write_tensors(read_tensors(folder / SHARD) | {"random.cpu": torch.get_rng_state()}, folder / "training.safetensors")
+    shutil.rmtree(folder / "training")
+    saved = json.loads((folder / "training.json").read_text())
+    del saved["shards"], saved["description"]["train"]["parallel"]
+    (folder / "training.json").write_text(json.dumps(saved))
+    second = trainer(tmp_path / "parts")
+    second.resume()
+    second.train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def broken_at(run: Trainer, steps, when: str = "loss") -> None:
@@ -635,7 +669,7 @@ def test_steps_that_were_skipped_are_told(capsys):
 
 KILLS = {
     "while the model is written": ("fastlm.models.pretrained", "write_tensors"),
-    "while the optimizers are written": ("fastlm.train.checkpoint", "write_tensors"),
+    "while the optimizers are written": ("torch.distributed.checkpoint", "save"),
     "before the folder gets its name": ("os", "rename"),
     "while the old one is removed": ("shutil", "rmtree"),
 }
@@ -652,6 +686,9 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_last_checkpoint_whole(tmp_pat
     def killed(*args, **options):
         if name == "write_tensors":
             args[1].write_bytes(b"half of it")
+        if name == "save":
+            options["storage_writer"].path.mkdir()
+            (options["storage_writer"].path / "shard.safetensors").write_bytes(b"half of it")
         if name == "rmtree":
             if "partial" in str(args[0]):
                 return
@@ -680,13 +717,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     stop_after(run, 3)
     run.train()
 
-    def full(tensors, path):
-        path.write_bytes(b"half")
+    def full(*args, **options):
         raise OSError("no space left")
 
     before = sorted(p.name for p in tmp_path.iterdir())
     run.step = 4
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr("safetensors.torch.save", full)  # as torch.distributed.checkpoint calls it
     with pytest.raises(OSError, match="no space left"):
         run._save()
     assert sorted(p.name for p in tmp_path.iterdir()) == before

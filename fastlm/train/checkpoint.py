@@ -1,7 +1,8 @@
 """Checkpoints: folders `checkpoint-<step>` that appear whole or not at all; no file in them is ever unpickled.
 
     config.json, model.safetensors    the model, as `from_pretrained` reads it
-    training.safetensors              state of the optimizers and of the random generators
+    training/*.safetensors            state of the optimizers, a file of each process: torch.distributed.checkpoint's,
+                                      which any number of processes reads, whatever their parallelism
     training.json                     step, configuration, everything else
 
 A folder is written under another name and renamed when all of it is on the disk; only then do older ones go. So a kill
@@ -15,18 +16,22 @@ import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.models.pretrained import Pretrained, read_json, read_tensors, replacing, write_tensors
+from fastlm.models.pretrained import Pretrained, read_json, replacing
+from fastlm.train.parallel import Processes
 
 __all__ = ["latest", "load", "save"]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = ".partial-"
+_PARTIAL, _STATE = ".partial-", "training"
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
@@ -41,29 +46,44 @@ def save(
     model: Pretrained,
     optimizers: Optimizers,
     state: dict[str, Any],
+    processes: Processes,
     *,
     keep: int = 1,
     best: int | None = None,
 ) -> None:
     """Write `checkpoint-<step>` into `folder`; once it is whole, all but the last `keep` and that of step `best` go.
 
-    `state` must hold JSON values.
+    `state` must hold JSON values. Every process calls this, and `folder` must be the same for all of them.
     """
     final = folder / f"checkpoint-{step}"
     partial = folder / f"{_PARTIAL}{final.name}"
-    for stale in folder.glob(f"{_PARTIAL}*"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        if not final.exists():  # else this very step was saved before
-            model.save_pretrained(partial)
-            write_tensors(_optimizer_tensors(model, optimizers) | _random_state(), partial / "training.safetensors")
-            with open(partial / "training.json", "w", encoding="utf-8") as file:
-                json.dump({"step": step, **state}, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def clear() -> bool:
+        for stale in folder.glob(f"{_PARTIAL}*"):  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        return final.exists()  # this very step was saved before
+
+    def finish() -> None:
+        shards = sorted(f"{_STATE}/{path.name}" for path in (partial / _STATE).glob("*"))
+        with open(partial / "training.json", "w", encoding="utf-8") as file:
+            json.dump({"step": step, "shards": shards, **state}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, final)
+
+    if not processes.once(clear):
+        try:
+            whole = processes.gathered(model)
+            processes.once(lambda: whole.save_pretrained(partial) if whole is not None else None)
+            _write_state(_optimizer_tensors(model, optimizers), partial / _STATE, processes)
+            processes.once(finish)
+        finally:
+            if processes.first:
+                shutil.rmtree(partial, ignore_errors=True)
+    processes.once(lambda: _keep(folder, step, keep, best))
+
+
+def _keep(folder: Path, step: int, keep: int, best: int | None) -> None:
     if best is not None and (folder / f"checkpoint-{best}").exists():
         with replacing(folder / "best") as link:
             link.symlink_to(f"checkpoint-{best}")
@@ -73,29 +93,20 @@ def save(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(checkpoint: Path, model: Pretrained, optimizers: Optimizers) -> dict[str, Any]:
-    """Put a checkpoint into a model, optimizers and random generators like those it was saved from; return its state.
+def load(checkpoint: Path, model: Pretrained, optimizers: Optimizers, processes: Processes) -> dict[str, Any]:
+    """Put a checkpoint into a model and optimizers like those it was saved from; return its state.
 
-    Raises FileNotFoundError or ValueError for a checkpoint that is not whole or not of such a model.
+    Raises FileNotFoundError or ValueError, in every process, for a checkpoint that is not whole or not of such a model.
     """
-    state = read_json(checkpoint / "training.json")
-    tensors = read_tensors(checkpoint / "training.safetensors")
-    random = {key: tensors.pop(key) for key in [*tensors] if key.startswith("random.")}
+    state = processes.once(lambda: read_json(checkpoint / "training.json"))
+    place = checkpoint / _STATE if "shards" in state else checkpoint  # as it was when there was but one process
+    shapes = processes.once(lambda: _shapes(checkpoint, place, state.get("shards", ["training.safetensors"])))
+    shapes = {key: shape for key, shape in shapes.items() if key.partition(".")[0] in optimizers}
     try:
-        model.load_folder(checkpoint)
-        parameters = dict(model.named_parameters())
-        for key, tensor in tensors.items():
-            optimizer, _, rest = key.partition(".")
-            name, _, field = rest.rpartition(".")
-            parameter = parameters[name]
-            # A count of steps stays where the optimizer wants it: on the CPU unless it is fused or capturable.
-            on_device = tensor.dim() or optimizers[optimizer].defaults.get("fused")
-            optimizers[optimizer].state[parameter][field] = tensor.to(parameter.device) if on_device else tensor
+        _load_state(place, shapes, model, optimizers, processes)
+        processes.load_folder(model, checkpoint)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of this model: {error}") from None
-    torch.set_rng_state(random["random.cpu"])
-    if "random.cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["random.cuda"])
     return state
 
 
@@ -119,6 +130,73 @@ def _optimizer_tensors(model: Pretrained, optimizers: Optimizers) -> dict[str, T
     }
 
 
-def _random_state() -> dict[str, Tensor]:
-    cuda = {"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-    return {"random.cpu": torch.get_rng_state(), **cuda}
+def _write_state(tensors: dict[str, Tensor], place: Path, processes: Processes) -> None:
+    """On the disk when this returns; of what several processes have, one writes it."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    with _plain_errors():
+        save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True),
+            no_dist=not processes.several,
+        )
+
+
+def _shapes(checkpoint: Path, place: Path, shards: list[str]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the files of `place`."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    for shard in shards:
+        if not (checkpoint / shard).is_file():
+            raise FileNotFoundError(f"no such file: {checkpoint / shard}")
+    try:
+        metadata = HuggingFaceStorageReader(str(place)).read_metadata()
+    except Exception as error:  # safetensors raises its own kind, straight from Exception
+        raise ValueError(f"{place} is damaged: {error}") from None
+    return {key: tuple(each.size) for key, each in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+
+
+def _load_state(
+    place: Path, shapes: dict[str, tuple[int, ...]], model: Pretrained, optimizers: Optimizers, processes: Processes
+) -> None:
+    """The optimizers make their state by a step, since each alone knows where it wants what; the weights that it
+    changes are still to be loaded."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    parameters = dict(model.named_parameters())
+    for key in shapes:
+        parameter = parameters[key.partition(".")[2].rpartition(".")[0]]
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad()
+    made = _optimizer_tensors(model, optimizers)
+    tensors = {key: made[key] for key in shapes}
+    for key, shape in shapes.items():
+        if shape != tuple(tensors[key].shape):
+            raise ValueError(f"{key} has shape {shape} instead of {tuple(tensors[key].shape)}")
+    if tensors:
+        with _plain_errors():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not processes.several)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    for kind, optimizer in optimizers.items():
+        for parameter, fields in optimizer.state.items():
+            for field, value in list(fields.items()):
+                key = f"{kind}.{names[parameter]}.{field}"
+                if key not in tensors:
+                    del fields[field]
+                elif not torch.is_tensor(value):
+                    fields[field] = tensors[key].item()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The error itself in place of the CheckpointException of all processes, and no warning that there is but one."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,7 +42,8 @@ class TrainConfig(Config):
         min_lr: what is left of the learning rates at the end, as a fraction
         grad_clip: largest norm of the gradient; 0 does not clip
         dtype: of the arithmetic, the weights being fp32; auto is bf16 on processors that are made for it
-        device: cpu, cuda or cuda:N; auto is cuda if there is one
+        device: cpu, cuda or cuda:N; auto is cuda if there is one; of several processes each takes another GPU
+        parallel: of several processes: each has the whole model (ddp), or a share of weights, gradients, optimizer (fsdp)
         compile: the model by torch.compile
         checkpointing: keep only the inputs of the blocks and compute the rest again in backward: less memory, slower
         seed: of the batches, of dropout and, from the command line, of the initial weights
@@ -49,6 +51,7 @@ class TrainConfig(Config):
         eval_every: steps between two evaluations; 0 leaves only the one at the end
         save_every: steps between two checkpoints; 0 leaves only the one at the end
         keep: so many of the last checkpoints stay, and the best
+        best_by: what makes an evaluation the best; accuracy and f1 are of classifiers
         patience: evaluations without a better loss after which the run stops; 0 never stops it
         max_skipped: so many steps in a row whose loss or gradient is not finite stop the run
         tensorboard: write the metrics for TensorBoard too
@@ -70,6 +73,7 @@ class TrainConfig(Config):
     grad_clip: float = 1.0
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     checkpointing: bool = False
     seed: int = 0
@@ -77,6 +81,7 @@ class TrainConfig(Config):
     eval_every: int = 200
     save_every: int = 200
     keep: int = 1
+    best_by: Literal["loss", "accuracy", "f1"] = "loss"
     patience: int = 0
     max_skipped: int = 10
     tensorboard: bool = False
@@ -109,6 +114,8 @@ class TrainConfig(Config):
 
     def torch_device(self) -> torch.device:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # of the processes that torchrun started
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
         try:
             device = torch.device(name)
         except RuntimeError:

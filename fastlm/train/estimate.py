@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastlm.models.pretrained import Pretrained
+from fastlm.train.parallel import local
 
 __all__ = ["Estimate", "peak_flops"]
 
@@ -25,7 +26,7 @@ _DATA_SHEETS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a run on one device. Memory is in bytes.
+    """Of a run. Memory is in bytes, and that of one process.
 
     Args:
         parameters: of the model.
@@ -34,8 +35,9 @@ class Estimate:
         flops_per_token: floating-point operations of a step for a token: 6 for each weight of a matrix that it meets,
             and attention's; what is computed again in backward is not counted.
         tokens: of all steps.
-        peak: floating-point operations per second that the device can do at most.
+        peak: floating-point operations per second that the devices of all processes can do at most.
         peak_source: where that comes from.
+        processes: their number.
     """
 
     parameters: int
@@ -47,6 +49,7 @@ class Estimate:
     tokens: int
     peak: float
     peak_source: str
+    processes: int = 1
 
     @classmethod
     def of(
@@ -57,27 +60,28 @@ class Estimate:
         autocast: torch.autocast,
         tokens: int,
         seq_len: int,
+        processes: int = 1,
     ) -> Estimate:
         """Of a run over so many tokens, with `inputs` like its micro-batches."""
         parameters = [p for p in model.parameters() if p.requires_grad]
-        size = sum(p.nbytes for p in parameters)
         state = 0
         for optimizer in optimizers.values():
-            owned = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+            owned = sum(local(p).nbytes for group in optimizer.param_groups for p in group["params"])
             state += owned * _STATES.get(type(optimizer).__name__.lower(), 2)
         device = next(model.parameters()).device
         dtype = torch.get_autocast_dtype(device.type) if autocast._enabled else torch.float32
         peak, source = peak_flops(device, dtype)
         return cls(
             parameters=sum(p.numel() for p in parameters),
-            weights=sum(p.nbytes for p in model.parameters()),
-            gradients=size,
+            weights=sum(local(p).nbytes for p in model.parameters()),
+            gradients=sum(local(p).nbytes for p in parameters),
             optimizer=state,
             activations=saved_bytes(model, inputs, autocast),
             flops_per_token=model.flops_per_token(seq_len),
             tokens=tokens,
-            peak=peak,
+            peak=processes * peak,
             peak_source=source,
+            processes=processes,
         )
 
     @property
@@ -93,9 +97,9 @@ class Estimate:
         parts = ("weights", "gradients", "optimizer", "activations")
         memory = ", ".join(f"{name} {_bytes(getattr(self, name))}" for name in parts)
         whole = _bytes(sum(getattr(self, name) for name in parts))
-        seconds = self.seconds()
+        seconds, each = self.seconds(), f" in each of {self.processes} processes" if self.processes > 1 else ""
         return [
-            f"{self.parameters / 1e6:.2f} M parameters; memory {whole}: {memory}",
+            f"{self.parameters / 1e6:.2f} M parameters; memory {whole}{each}: {memory}",
             f"{_flop(self.flops)}FLOP in all: about {duration(seconds)}{cost(seconds, price_per_hour)} at "
             f"{_ASSUMED_MFU:.0%} of {_flop(self.peak)}FLOP/s ({self.peak_source})",
         ]

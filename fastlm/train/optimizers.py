@@ -9,18 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.train.config import OPTIMIZERS, TrainConfig
+from fastlm.train.parallel import local
 
 __all__ = ["build_optimizers", "step_unless"]
 
 Optimizers = dict[str, torch.optim.Optimizer]
 _DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"betas": (0.9, 0.95)}, "adam": {"betas": (0.9, 0.95)}}
+# Of sharded weights: those whose fused steps torch has, and those it has no step of at all.
+_FUSED_SHARDED, _NOT_SHARDED = ("adam", "adamw"), ("adafactor", "rprop")
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
     """One optimizer by the name of `config.optimizer`, or "muon" for the matrices in the blocks and "adamw".
 
     Weight decay is for matrices that are not embeddings. Fused where torch has it.
-    Raises ValueError for options that the optimizer does not take.
+    Raises ValueError for options that the optimizer does not take, and where it cannot update weights that FSDP shards.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named = dict(model.named_parameters())
@@ -60,14 +63,14 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer, divisor: Tensor)
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grads = [p.grad for p in parameters]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     if not grads:
         return
     torch._foreach_div_(grads, divisor)
     for grad in grads:
         grad.masked_fill_(skip, 0)
     state = [t for p in parameters for t in optimizer.state[p].values() if torch.is_tensor(t) and t.device == p.device]
-    changed = [*(p.detach() for p in parameters), *state]
+    changed = [*(local(p.detach()) for p in parameters), *(local(t) for t in state)]
     before = [tensor.clone() for tensor in changed]
     optimizer.step()
     for now, then in zip(changed, before, strict=True):
@@ -79,5 +82,9 @@ def _optimizer(name: str, groups: list[dict[str, Any]], options: dict[str, Any])
     if unknown := [option for option in options if option not in takes]:
         wanted = ", ".join(sorted(takes.keys() - {"self", "params", "lr"}))
         raise ValueError(f"TrainConfig: optimizer_options of {name} must be of {wanted}, got {', '.join(unknown)}")
-    fused = {"fused": True} if "fused" in takes and not options.keys() & {"foreach", "capturable"} else {}
-    return OPTIMIZERS[name](groups, **fused | _DEFAULTS.get(name, {}) | options)
+    sharded = any(local(parameter) is not parameter for group in groups for parameter in group["params"])
+    if sharded and name in _NOT_SHARDED:
+        raise ValueError(f"TrainConfig: parallel must be ddp with optimizer {name}, which torch has not for fsdp")
+    fused = "fused" in takes and not options.keys() & {"foreach", "capturable"}
+    fused = fused and not (sharded and name not in _FUSED_SHARDED)
+    return OPTIMIZERS[name](groups, **({"fused": True} if fused else {}) | _DEFAULTS.get(name, {}) | options)

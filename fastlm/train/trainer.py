@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -24,6 +25,7 @@ from fastlm.train.evaluation import Evaluation, confusion_of
 from fastlm.train.memory import kept_memory, peak_memory
 from fastlm.train.metrics import METRICS, Metrics
 from fastlm.train.optimizers import build_optimizers, step_unless
+from fastlm.train.parallel import Processes, whole
 from fastlm.train.plot import plot_loss
 from fastlm.train.progress import Progress
 from fastlm.train.signals import stop_signals
@@ -46,6 +48,7 @@ class Trainer:
         eval_bytes: bytes of the text of `eval_data` where that are token ids, for bits per byte.
         baselines: name to bits per byte, lines in loss.png.
         source: where the data comes from, JSON values; the table `data` of config.toml, and compared by `resume`.
+        start: where the weights come from, likewise, in the table `model`.
         tokenizer: the tokenizer.json to keep in the folder.
         price_per_hour: of the machine; the estimates then say what the run costs.
         profile: write a trace of three steps to trace.json, for chrome://tracing or Perfetto.
@@ -58,6 +61,12 @@ class Trainer:
     A step whose loss or gradient is not finite, or that has no labels, changes no weight; it is counted, and
     `metrics.jsonl` and the progress say so. Micro-batches count by their labels, so that a step's gradient is that of
     the whole batch.
+
+    Where torch.distributed has a group of several processes (`parallel.process_group` makes that of torchrun), each
+    makes a Trainer with the same arguments, calls what the others call, and takes its share of every batch; losses and
+    evaluations are those of all together, as one process has them but for rounding. The first one prints and writes.
+    A run may go on with another number of processes, or another kind of `parallel`; with the same number its losses
+    are the same to the last bit. With fsdp `model` is sharded in place.
 
     Raises ValueError where model, configuration and data do not fit.
     """
@@ -73,6 +82,7 @@ class Trainer:
         eval_bytes: int | None = None,
         baselines: Mapping[str, float] | None = None,
         source: Mapping[str, Any] | None = None,
+        start: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         price_per_hour: float | None = None,
         profile: bool = False,
@@ -83,21 +93,33 @@ class Trainer:
             raise ValueError(
                 f"Trainer: seq_len must be at most the model's max_seq_len, {longest}, got {config.seq_len}"
             )
+        if config.best_by != "loss" and getattr(eval_data, "num_classes", None) is None:
+            raise ValueError(f"Trainer: best_by = {config.best_by!r} needs eval_data of a classifier (`Labelled`)")
         if profile and folder is None:
             raise ValueError("Trainer: profile needs a folder to write the trace to")
+        self.processes = processes = Processes(config.parallel)
+        if config.batch_size % processes.count:
+            raise ValueError(
+                f"Trainer: batch_size must be a multiple of the number of processes, {processes.count}, "
+                f"got {config.batch_size}"
+            )
+        self._share = config.batch_size // processes.count  # of a batch
+        self._micro = min(config.micro_batch_size or self._share, self._share)
         self.device, self._autocast = config.torch_device(), config.autocast()
-        self.model, self.config = model.to(self.device), config
+        self.model, self.config, kind = model, config, type(model).__name__
         for module in model.modules():
             if isinstance(module, Pretrained):
                 module.checkpointing = config.checkpointing
-        self._forward = torch.compile(model) if config.compile else model
+        wrapped = processes.wrap(model, self.device)
+        self._forward = torch.compile(wrapped) if config.compile else wrapped
         self.train_data = _objective(train_data, config)
         self.eval_data = None if eval_data is None else _objective(eval_data, config, eval_bytes)
-        self.folder, self.baselines, self.quiet = None if folder is None else Path(folder), baselines, quiet
-        self.tokenizer, self.price_per_hour, self.profile = tokenizer, price_per_hour, profile
+        self.folder, self.baselines = None if folder is None else Path(folder), baselines
+        self.quiet, self.profile = quiet or not processes.first, profile and processes.first
+        self.tokenizer, self.price_per_hour = tokenizer, price_per_hour
         prints = {"train": self.train_data, "eval": self.eval_data}
         self.description = {
-            "model": {"type": type(model).__name__, **model.config.to_dict()},
+            "model": {"type": kind, **model.config.to_dict(), **(start or {})},
             "data": dict(source or {}),
             "train": config.to_dict(),
             "tokens": {name: data.fingerprint() if data is not None else None for name, data in prints.items()},
@@ -109,19 +131,19 @@ class Trainer:
         self.seconds = 0.0  # of training; evaluating and saving do not count
         self.interrupted = False
         self.evaluation: Evaluation | None = None
-        self.best: tuple[int, float] | None = None  # step and loss of the best evaluation
-        self.metrics = Metrics(self.folder)
+        self.best: tuple[int, float] | None = None  # step of the best evaluation, and its loss or what `best_by` says
+        self.metrics = Metrics(self.folder if processes.first else None)
         self._worse = 0  # evaluations since the best one
         self._logged = (0, 0.0)  # step and seconds
         self._tokens = 0  # since then
         # Since then: the sums of loss and gradient norm, steps that were skipped; and how many of these in a row, ever.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._estimated: Estimate | None = None
-        self._first_measured = not quiet
+        self._first_measured = not self.quiet
 
     def train(self) -> Evaluation | None:
-        """Train to the end, or until `patience` runs out, or SIGINT or SIGTERM, which saves and sets `interrupted`; a
-        second signal kills.
+        """Train to the end, or until `patience` runs out, or SIGINT or SIGTERM to any of the processes, which
+        saves and sets `interrupted`; a second signal kills.
 
         Returns the last evaluation. Raises NonFiniteError, leaving the last checkpoint as it is.
         """
@@ -132,12 +154,13 @@ class Trainer:
             kept_memory(self.device),
             self._profiler(progress) as profiler,
         ):
+            stop = False
             if self.step == 0:
-                self._begin()
+                self.processes.once(self._begin)
             if config.tensorboard:
                 self.metrics.open_tensorboard(self.step)
             self._estimate(progress)
-            while self.step < config.steps and not self._enough():
+            while self.step < config.steps and not stop and not self._enough():
                 started = time.perf_counter()
                 factor = config.lr_factor(self.step)
                 self.train_step(factor)
@@ -148,47 +171,60 @@ class Trainer:
                 if means is not None:
                     self._log(progress, means, lr=config.lr * factor)
                 better = self.eval_data is not None and self._due(config.eval_every) and self._evaluate(progress)
-                if received or better or self._due(config.save_every) or self._enough():
+                stop = self.processes.any(bool(received))
+                if stop or better or self._due(config.save_every) or self._enough():
                     self._save()
-                if received:
-                    break
-        self.interrupted = bool(received) and self.step < config.steps
-        if self.folder is not None and self.metrics.records:
+        self.interrupted = stop and self.step < config.steps
+        if self.folder is not None and self.metrics.records and self.processes.first:
             plot_loss(self.metrics.records, self.folder / "loss.png", self._bytes_per_label, self.baselines)
         return self.evaluation
 
     def train_step(self, lr_factor: float = 1.0) -> None:
-        """One update with these parts of the learning rates. Nothing in it waits for the device."""
+        """One update with these parts of the learning rates. Nothing in it waits for the device.
+
+        It seeds torch's random generators, with a function of (seed, step, process).
+        """
         self.model.train()
+        seed = np.random.SeedSequence((self.config.seed, self.step, self.processes.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         batches = list(self._micro_batches())
         counts = [self.train_data.count(inputs) for inputs in batches]
+        labels, tokens = self.processes.sum(sum(counts), sum(inputs["input_ids"].numel() for inputs in batches))
         loss = torch.zeros((), device=self.device)
-        for inputs, count in zip(batches, counts, strict=True):
-            if not count:  # a mean over nothing
+        for i, (inputs, count) in enumerate(zip(batches, counts, strict=True)):
+            if not labels or not (count or self.processes.several):  # a mean over nothing
                 continue
-            with self._autocast:
-                part = self._forward(**self._to_device(inputs)).loss * (count / sum(counts))
-            self.scaler.scale(part).backward()
+            if not count:  # the other processes count on this one's part in what they do together
+                inputs = self._labelled(inputs)
+            with self.processes.accumulating(last=i == len(batches) - 1):
+                with self._autocast:
+                    part = self._forward(**self._to_device(inputs)).loss * (self.processes.count * count / labels)
+                self.scaler.scale(part).backward()
             loss += part.detach()
-        if any(counts):
-            self._update(loss, lr_factor)
+        if labels:
+            self._update(self.processes.add_(loss) / self.processes.count, lr_factor)
         else:
             self._sums[2] += 1
-        self._tokens += sum(inputs["input_ids"].numel() for inputs in batches)
+        self._tokens += tokens
         self.step += 1
 
     def _micro_batches(self) -> Iterator[dict[str, Any]]:
-        size, first = self.config.batch_size, self.step * self.config.batch_size
-        for start in range(first, first + size, self.config.micro_batch_size or size):
-            stop = min(start + (self.config.micro_batch_size or size), first + size)
+        first = self.step * self.config.batch_size + self.processes.rank * self._share
+        for start in range(first, first + self._share, self._micro):
+            stop = min(start + self._micro, first + self._share)
             yield self.train_data.batch(start, stop, self.config.seed)
+
+    def _labelled(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with labels, of which it has none."""
+        labels = {self.train_data.labels: torch.zeros_like(inputs[self.train_data.labels])}
+        return {name: value for name, value in inputs.items() if name != "labelled"} | labels
 
     def _update(self, loss: Tensor, lr_factor: float) -> None:
         """Clip the gradient and step, but where loss or gradient are not finite: then the weights stay."""
         for optimizer in self.optimizers.values():
             if self.scaler.is_enabled():
                 self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         skip = ~(loss.isfinite() & norm.isfinite())
         limit = self.config.grad_clip or math.inf
         divisor = ((norm + 1e-6) / limit).clamp(min=1.0).nan_to_num(1.0, 1.0)
@@ -213,14 +249,16 @@ class Trainer:
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         classes = data.num_classes
         confusion = None if classes is None else torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-        for inputs in data.eval_batches(self.config.micro_batch_size or self.config.batch_size):
+        for inputs, counts in self.processes.share(data.eval_batches(self._micro)):
             with self._autocast:
                 output = self._forward(**(on_device := self._to_device(inputs)))
-            if scored := data.count(inputs):
+            if counts and (scored := data.count(inputs)):
                 total += output.loss.double() * scored
                 count += scored
-            if confusion is not None and classes is not None:
+            if counts and confusion is not None and classes is not None:
                 confusion += confusion_of(output.logits, on_device[data.labels], classes)
+        total, (count,) = self.processes.add_(total), self.processes.sum(count)
+        confusion = None if confusion is None else self.processes.add_(confusion)
         return Evaluation.of(total.item(), count, data.eval_bytes, confusion)
 
     def resume(self) -> None:
@@ -229,14 +267,12 @@ class Trainer:
         Raises FileNotFoundError where there is none and ValueError, with the differences, for one of another model,
         configuration or text.
         """
-        folder = self.folder
-        last = None if folder is None else checkpoint.latest(folder)
-        if folder is None or last is None:
-            raise FileNotFoundError(f"Trainer: there is no checkpoint in {folder}")
-        saved = read_json(last / "training.json")
-        if differences := _differences(saved["description"], self.description):
+        last, saved = self.processes.once(self._last)
+        was = saved["description"]
+        was["train"] = {**TrainConfig().to_dict(), **was["train"], "parallel": self.config.parallel}
+        if differences := _differences(was, self.description):
             raise ValueError(f"Trainer: {last} is of another run: {'; '.join(differences)}")
-        checkpoint.load(last, self.model, self.optimizers)
+        checkpoint.load(last, self.model, self.optimizers, self.processes)
         self.step, self.seconds, self._logged = saved["step"], saved["seconds"], tuple(saved["logged"])
         self._tokens = saved["tokens_since"]
         self._sums.copy_(torch.tensor(saved["sums"], dtype=torch.float64))
@@ -245,9 +281,14 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         self.metrics.restore(self.step)
 
+    def _last(self) -> tuple[Path, dict[str, Any]]:
+        last = None if self.folder is None else checkpoint.latest(self.folder)
+        if last is None:
+            raise FileNotFoundError(f"Trainer: there is no checkpoint in {self.folder}")
+        return last, read_json(last / "training.json")
+
     def _begin(self) -> None:
-        """Seed, and make the folder, which must not hold a run."""
-        torch.manual_seed(self.config.seed)
+        """Make the folder, which must not hold a run."""
         if self.folder is None:
             return
         if (self.folder / METRICS).exists():
@@ -267,9 +308,12 @@ class Trainer:
         self.evaluation = self.evaluate()
         self.metrics.add(self.step, {f"val_{name}": value for name, value in self.evaluation.to_dict().items()})
         progress.line(f"step {self.step:,}: validation {self.evaluation}")
-        better = self.best is None or self.evaluation.loss < self.best[1]
+        by = self.config.best_by
+        value = self.evaluation.loss if by == "loss" else -getattr(self.evaluation, by)
+        value = value if math.isfinite(value) else math.inf
+        better = self.best is None or value < self.best[1]
         if better:
-            self.best = (self.step, self.evaluation.loss)
+            self.best = (self.step, value)
         self._worse = 0 if better else self._worse + 1
         return better
 
@@ -284,7 +328,9 @@ class Trainer:
         state |= {"sums": self._sums.tolist(), "evaluation": self.evaluation.to_dict() if self.evaluation else None}
         state |= {"best": self.best, "worse": self._worse, "scaler": self.scaler.state_dict()}
         best = None if self.best is None else self.best[0]
-        checkpoint.save(self.folder, self.step, self.model, self.optimizers, state, keep=self.config.keep, best=best)
+        checkpoint.save(
+            self.folder, self.step, self.model, self.optimizers, state, self.processes, keep=self.config.keep, best=best
+        )
 
     def _due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
@@ -335,7 +381,9 @@ class Trainer:
             return
         inputs = self._to_device(next(self._micro_batches()))
         tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.seq_len
-        self._estimated = Estimate.of(self.model, inputs, self.optimizers, self._autocast, tokens, self.config.seq_len)
+        self._estimated = Estimate.of(
+            self.model, inputs, self.optimizers, self._autocast, tokens, self.config.seq_len, self.processes.count
+        )
         for line in self._estimated.lines(self.price_per_hour):
             progress.line(line)
 
