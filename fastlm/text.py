@@ -11,9 +11,10 @@ from fastlm.models import GPT
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["NEW_TOKENS", "Text", "pieces", "prompt_ids", "room"]
+__all__ = ["NEW_TOKENS", "TEMPERATURE", "Text", "pieces", "prompt_ids", "room"]
 
 NEW_TOKENS = 200  # where nobody says how many
+TEMPERATURE = 0.8  # likewise
 
 
 def prompt_ids(model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None) -> list[int]:

@@ -15,12 +15,10 @@ from fastlm import data
 from fastlm.cli.parser import Parser
 from fastlm.data import EOS_TOKEN
 from fastlm.models import GPT
-from fastlm.text import NEW_TOKENS, pieces, prompt_ids, room
+from fastlm.text import NEW_TOKENS, TEMPERATURE, pieces, prompt_ids, room
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-TEMPERATURE = 0.8
 
 
 def generate(argv: list[str]) -> int:
