@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["encoded", "finetune"]
 
-DEFAULTS: dict[str, Any] = {
-    "batch_size": 32,
-    "seq_len": 256,
-    "optimizer": "adamw",
-    "weight_decay": 0.01,
-    "best_by": "accuracy",
-}
+DEFAULTS: dict[str, Any] = {"batch_size": 32, "seq_len": 256, "optimizer": "adamw", "weight_decay": 0.01}
 EPOCHS = 3.0
 EVALUATIONS = 2  # in an epoch
 LR_TIMES_WIDTH = 0.04  # 5e-5 for BERT base; what is narrower takes more
@@ -43,6 +37,7 @@ FOLLOWS = {
     "lr": f"{LR_TIMES_WIDTH} / width",
     "eval_every": "half an epoch",
     "save_every": "half an epoch",
+    "best_by": "accuracy",
 }
 
 
@@ -98,11 +93,13 @@ def finetune(argv: list[str]) -> int:
     parts = data.split_labelled(of_data)
     tell("\n".join(f"{part}: {parts[part]}" for part in ("train", "val", "test")))
     if resume:
-        model = BERTForSequenceClassification(BERTConfig.from_dict(shape | {"dropout": start.dropout}))
+        fields = {name: value for name, value in shape.items() if name != "type"}
+        model = BERTForSequenceClassification(BERTConfig.from_dict(fields | {"dropout": start.dropout}))
+        model.other_config = _names(parts["train"].classes)
         tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     else:
         model, tokenizer = _classifier(model_from, start, parts["train"].classes)
-    config = replace(config, **_following(said, epochs, config, len(parts["train"]), model.config))
+    config = replace(config, **_following(said, epochs, config, parts, model.config))
     examples = {part: encoded(texts, tokenizer, config.seq_len) for part, texts in parts.items() if len(texts)}
     lengths = torch.tensor([len(each["input_ids"]) for each in examples["train"].examples])
     cut = (lengths == config.seq_len).float().mean().item()
@@ -180,7 +177,7 @@ def _classifier(
         dropout=source.config.dropout if start.dropout is None else start.dropout,
     )
     model = BERTForSequenceClassification(config)
-    model.other_config = source.other_config | {"id2label": {str(n): name for n, name in enumerate(classes)}}
+    model.other_config = source.other_config | _names(classes)
     if not start.from_scratch:
         (model.bert if new else model).load_state_dict(source.float().state_dict())
     weights = "no weights" if start.from_scratch else "the weights of BERT" if new else "all weights"
@@ -188,13 +185,21 @@ def _classifier(
     return model, data.load_tokenizer(tokenizer_of(folder))
 
 
+def _names(classes: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": {str(n): name for n, name in enumerate(classes)}}
+
+
 def _following(
-    said: Mapping[str, Any], epochs: Any, config: TrainConfig, count: int, shape: BERTConfig
+    said: Mapping[str, Any],
+    epochs: Any,
+    config: TrainConfig,
+    parts: Mapping[str, data.LabelledTexts],
+    shape: BERTConfig,
 ) -> dict[str, Any]:
     """Fields that are not said, from the number of texts and the shape of the model."""
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
         raise ValueError(f"epochs must be above 0 and finite, got {epochs!r}")
-    in_epoch = count / config.batch_size
+    in_epoch = len(parts["train"]) / config.batch_size
     steps = config.steps if "steps" in said else max(1, round(epochs * in_epoch))
     every = max(1, round(in_epoch / EVALUATIONS))
     follows = {
@@ -203,6 +208,7 @@ def _following(
         "lr": LR_TIMES_WIDTH / shape.hidden_size,
         "eval_every": every,
         "save_every": every,
+        "best_by": "accuracy" if len(parts["val"]) else "loss",
         "seq_len": min(config.seq_len, shape.max_seq_len),
     }
     return {name: value for name, value in follows.items() if name not in said}
