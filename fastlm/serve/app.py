@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 try:
     from fastapi import FastAPI, HTTPException, Request, Response
     from fastapi.responses import StreamingResponse
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import ClientDisconnect
     from starlette.types import Receive, Scope, Send
@@ -42,6 +42,14 @@ _A = TypeVar("_A", bound="Asked")
 # What clients ask ---------------------------------------------------------------------------------------------------
 
 
+def _encodable(text: str) -> str:
+    text.encode()  # half of a surrogate pair raises a ValueError
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_encodable)]
+
+
 class Asked(BaseModel):
     """The fields of a request. A field's description is what an error says it must be."""
 
@@ -49,15 +57,15 @@ class Asked(BaseModel):
 
 
 class PredictRequest(Asked):
-    text: Annotated[str, Field(pattern=r"\S", description="a string that is more than blanks")]
+    text: Annotated[Unicode, Field(pattern=r"\S", description="a Unicode string that is more than blanks")]
     truncate: Annotated[bool, Field(description="true or false")] = False
 
 
-StopText = Annotated[str, Field(min_length=1, max_length=100)]
+StopText = Annotated[Unicode, Field(min_length=1, max_length=100)]
 
 
 class GenerateRequest(Asked):
-    prompt: Annotated[str, Field(description="a string")]
+    prompt: Annotated[Unicode, Field(description="a Unicode string")]
     max_new_tokens: Annotated[int | None, Field(ge=1, le=2**31, description="an integer of at least 1")] = None
     do_sample: Annotated[bool, Field(description="true or false")] = True
     temperature: Annotated[float, Field(ge=1e-3, le=1e3, description="a number from 0.001 to 1000")] = TEMPERATURE

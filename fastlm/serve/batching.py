@@ -167,18 +167,17 @@ class Predictor(Worker):
         self.problem_type = config.problem_type or usual
 
     def work(self) -> None:
-        self.running = self.take(self.limits.max_batch, wait=True)
-        if not self.running:
-            return
+        jobs = self.running = self.take(self.limits.max_batch, wait=True)
         try:
-            answers = self.predict([job.ids for job in self.running])
+            answers = self.predict([job.ids for job in jobs]) if jobs else []
         except Exception as error:
-            self.fail(self.running, error)
+            self.running = []
+            self.fail(jobs, error)
         else:
-            for job, answer in zip(self.running, answers, strict=True):
+            self.running = []
+            self.answered += len(jobs)
+            for job, answer in zip(jobs, answers, strict=True):
                 job.tell(answer)
-            self.answered += len(answers)
-        self.running = []
 
     @torch.inference_mode()
     def predict(self, batch: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -231,8 +230,8 @@ class Generation(Job):
         self.text = Text(tokenizer, stop, max_new_tokens)
         self.generator: torch.Generator | None = None
 
-    def go_on(self, logits: Tensor) -> bool:
-        """Take the next token, of logits (V); whether there is one after it."""
+    def go_on(self, logits: Tensor) -> dict[str, Any] | None:
+        """Take the next token, of logits (V); the last event if it is the last one."""
         if self.generator is None:
             self.generator = torch.Generator(logits.device).manual_seed(self.seed)
         there = torch.tensor([*self.ids, *self.text.tokens] if self.sampling.repetition_penalty != 1.0 else [])
@@ -244,10 +243,10 @@ class Generation(Job):
             piece = text.add(token)
             finish = "stop" if text.stopped else "length" if len(text.tokens) == text.last else ""
         if finish:
-            self.tell({"text": piece if self.stream else text.shown, "finish": finish, **self.counts})
-        elif piece and self.stream:
+            return {"text": piece if self.stream else text.shown, "finish": finish, **self.counts}
+        if piece and self.stream:
             self.tell({"text": piece})
-        return not finish
+        return None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -280,27 +279,31 @@ class TextGenerator(Worker):
             try:
                 logits = self.slots.step([job.text.tokens[-1] for job in self.running])
             except Exception as error:
-                self.fail(self.running, error)
-                self.running, self.slots.running = [], 0
+                failed, self.running, self.slots.running = self.running, [], 0
+                self.fail(failed, error)
             else:
                 self._choose(logits, 0)
 
     def _choose(self, logits: Tensor, first: int) -> None:
         """The next tokens of the jobs in the slots from `first` on; those that are done leave."""
-        done = []
+        last: dict[int, dict[str, Any] | Exception] = {}  # what those that are done are told
         for slot, (job, row) in enumerate(zip(self.running[first:], logits, strict=True), first):
             try:
-                if not job.go_on(row):
-                    done.append(slot)
-                    self.answered += 1
+                if event := job.go_on(row):
+                    last[slot] = event
             except Exception as error:
-                self.fail([job], error)
-                done.append(slot)
-        for slot in reversed(done):
-            self._leave(slot)
+                last[slot] = error
+        for slot in reversed(last):
+            job, said = self._leave(slot), last[slot]
+            if isinstance(said, Exception):
+                self.fail([job], said)
+            else:
+                self.answered += 1
+                job.tell(said)
 
-    def _leave(self, slot: int) -> None:
+    def _leave(self, slot: int) -> Generation:
         """The last job takes the slot."""
         self.slots.leave(slot)
-        self.running[slot] = self.running[-1]
+        job, self.running[slot] = self.running[slot], self.running[-1]
         self.running.pop()
+        return job
