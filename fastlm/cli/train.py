@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,8 +14,12 @@ from fastlm import data, models
 from fastlm.cli.generate import TEMPERATURE, print_text
 from fastlm.cli.parser import Parser, called, tell
 from fastlm.cli.runs import existing_run, new_run, tables_of
+from fastlm.data.tokenizer import separator
 from fastlm.models import GPT, BERTConfig
 from fastlm.text import prompt_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # What `fastlm train` makes of no options, beside the defaults of the configurations: of GPT, the model that learns most
 # in two minutes on two cores.
@@ -28,15 +33,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def train(argv: list[str]) -> int:
     """train a GPT or a BERT on text; without options a GPT on the sources of Python's library, for two minutes"""
-    from fastlm.train import TrainConfig, Trainer, speedup
+    from fastlm.train.parallel import process_group
+
+    with process_group():
+        return _train(argv)
+
+
+def _train(argv: list[str]) -> int:
+    from fastlm.train import TrainConfig, Trainer, checkpoint, speedup
+    from fastlm.train.parallel import Processes
 
     parser = Parser("train", train.__doc__)
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML with the tables model, data and train")
-    parser.add_argument("--name", help="of the run [that of the data]")
-    parser.add_argument("--out", metavar="DIR", help="where runs are kept [runs]")
-    parser.add_argument("--resume", action="store_true", help="go on with a run: the latest, or the one --name says")
-    parser.add_argument("--profile", action="store_true", help="write a trace of three steps to trace.json")
-    parser.add_argument("--price-per-hour", metavar="X", type=float, help="of the machine: says what the run costs")
+    parser.add_run()
     parser.add_argument("--model.type", choices=list(DEFAULTS), help="[GPT]", dest="model.type")
     parser.add_fields("model", BERTConfig, DEFAULTS["GPT"]["model"], leave_out=("vocab_size",))
     parser.add_fields("data", data.DataConfig, {}, also={"path": "--data"})
@@ -56,15 +64,17 @@ def train(argv: list[str]) -> int:
     model_type = getattr(models, kind)
     shape = {**settings["model"], "vocab_size": of_data.vocab_size}
     model_type.config_type.from_dict(shape)  # whatever is wrong with it, say so before the text is read
+    processes = Processes()
+    say = tell if processes.first else lambda line: None
     if folder is None:
-        folder = new_run(out, name, of_data.path)
-    how = {key: value for key, value in of_data.to_dict().items() if key not in ("path", *_OF_EXAMPLES)}
-    dataset = data.prepare(of_data.path, **how, progress=tell)
-    tell(dataset.summary)
+        folder = processes.once(lambda: new_run(out, name, of_data.path))
+    dataset = processes.before_others(lambda: prepared(of_data, say))
+    say(dataset.summary)
     torch.manual_seed(config.seed)
     model = model_type(model_type.config_type.from_dict({**shape, "vocab_size": dataset.vocab_size}))
-    objectives = [_objective(model, of_data, config.seq_len, dataset, part) for part in ("train", "val")]
-    step_seconds, ratio = (None, None) if resume else speedup(model, config, objectives[0])
+    parts = ((dataset.train_tokens, dataset.train_bytes), (dataset.val_tokens, dataset.val_bytes))
+    objectives = [objective_of(model, of_data, config.seq_len, dataset.tokenizer(), *part) for part in parts]
+    step_seconds, ratio = (None, None) if resume or processes.several else speedup(model, config, objectives[0])
     tokenizer = dataset.tokenizer_path
     trainer = Trainer(
         model, config, *objectives, folder=folder, source=of_data.to_dict(), tokenizer=tokenizer, **options
@@ -72,17 +82,22 @@ def train(argv: list[str]) -> int:
     if resume:
         trainer.resume()
     figures = {}
-    if isinstance(model, GPT):
+    if isinstance(model, GPT) and processes.first:
         figures = data.baselines(dataset, progress=tell)
         trainer.baselines = {"n-gram": figures["ngram"]}
-    tell(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
+    say(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
     evaluation = trainer.train()
-    command = called()
-    if trainer.interrupted or evaluation is None:
+    stopped = trainer.interrupted or evaluation is None
+    if not processes.first:
+        return 130 if stopped else 0
+    if stopped:
         where = [] if out == Path("runs") else ["--out", str(out)]
+        torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", ""), "-m", "fastlm"]
+        command = torchrun if processes.several else [called()]
         print(f"stopped and saved at step {trainer.step:,}; to go on:")
-        print(f"  {shlex.join([command, 'train', '--resume', '--name', folder.name, *where])}")
+        print(f"  {shlex.join([*command, 'train', '--resume', '--name', folder.name, *where])}", flush=True)
         return 130
+    assert evaluation is not None
     print(f"\nvalidation loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.1f}\n")
     if figures:
         print("bits per byte of the validation text")
@@ -95,13 +110,15 @@ def train(argv: list[str]) -> int:
             f"A step of {step_seconds:.3f} s is {ratio:.2f} times as fast as the same model's in plain PyTorch here.\n"
         )
     if isinstance(model, GPT):
+        if processes.several:  # which may have a share of it each
+            model = GPT.from_pretrained(checkpoint.latest(folder) or folder)
         print(f"A sample at temperature {TEMPERATURE}:\n")
         sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
         print_text(model.eval(), dataset.tokenizer(), "", prompt_ids(model, dataset.tokenizer(), ""), **sampling)
         print()
     print(f"Curves in {folder / 'loss.png'}.", end="")
     if isinstance(model, GPT):
-        print(f" Next:\n  {shlex.join([command, 'generate', str(folder)])} --prompt 'def '", end="")
+        print(f" Next:\n  {shlex.join([called(), 'generate', str(folder)])} --prompt 'def '", end="")
     print()
     return 0
 
@@ -109,20 +126,26 @@ def train(argv: list[str]) -> int:
 _OF_EXAMPLES = ("separate_documents", "mask_probability")  # fields of DataConfig that are not prepare's
 
 
-def _objective(model: Any, config: data.DataConfig, seq_len: int, dataset: data.Dataset, part: str) -> data.Objective:
-    tokens = {"train": dataset.train_tokens, "val": dataset.val_tokens}[part]
+def prepared(config: data.DataConfig, progress: Callable[[str], None] | None) -> data.Dataset:
+    how = {key: value for key, value in config.to_dict().items() if key not in ("path", *_OF_EXAMPLES)}
+    return data.prepare(config.path, **how, progress=progress)
+
+
+def objective_of(
+    model: Any, config: data.DataConfig, seq_len: int, tokenizer: Tokenizer, tokens: Any, num_bytes: int
+) -> data.Objective:
+    """What a model of this type is to learn from tokens."""
     if isinstance(model, GPT):
-        separator = dataset.eos_id if config.separate_documents else None
-        size = {"train": dataset.train_bytes, "val": dataset.val_bytes}[part]
-        return data.CausalLM(tokens, seq_len, document_id=separator, num_bytes=size)
-    vocabulary = dataset.tokenizer().get_vocab()
+        document_id = separator(tokenizer) if config.separate_documents else None
+        return data.CausalLM(tokens, seq_len, document_id=document_id, num_bytes=num_bytes)
+    vocabulary = tokenizer.get_vocab()
     names: tuple[str, ...] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     special = {name: vocabulary[name] for name in names if name in vocabulary}
     return data.MaskedLM(
         tokens,
         seq_len,
         special=special,
-        vocab_size=dataset.vocab_size,
+        vocab_size=model.config.vocab_size,
         probability=config.mask_probability,
         next_sentence=isinstance(model, models.BERTForPreTraining),
     )

@@ -178,11 +178,11 @@ def _load_state(
     if tensors:
         with _plain_errors():
             load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=not processes.several)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    for kind, optimizer in optimizers.items():
-        for parameter, fields in optimizer.state.items():
+    for name, parameter in parameters.items():
+        for kind, optimizer in optimizers.items():
+            fields = optimizer.state.get(parameter, {})
             for field, value in list(fields.items()):
-                key = f"{kind}.{names[parameter]}.{field}"
+                key = f"{kind}.{name}.{field}"
                 if key not in tensors:
                     del fields[field]
                 elif not torch.is_tensor(value):

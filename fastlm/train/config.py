@@ -43,7 +43,7 @@ class TrainConfig(Config):
         grad_clip: largest norm of the gradient; 0 does not clip
         dtype: of the arithmetic, the weights being fp32; auto is bf16 on processors that are made for it
         device: cpu, cuda or cuda:N; auto is cuda if there is one; of several processes each takes another GPU
-        parallel: of several processes: each has the whole model (ddp), or a share of weights, gradients, optimizer (fsdp)
+        parallel: of several processes: ddp has the model in each, fsdp a share of weights, gradients and optimizer
         compile: the model by torch.compile
         checkpointing: keep only the inputs of the blocks and compute the rest again in backward: less memory, slower
         seed: of the batches, of dropout and, from the command line, of the initial weights

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ from fastlm.models.pretrained import Pretrained
 __all__ = ["Processes", "local", "process_group", "whole"]
 
 _T = TypeVar("_T")
+_PATIENCE = timedelta(hours=6)
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Within it the processes that torchrun started are a group. One process alone, or a group that is there already,
     is left as it is.
 
@@ -35,11 +37,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index < torch.cuda.device_count():
+        torch.cuda.set_device(index)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield
-    Processes().sum(0)
+    dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
 
 
@@ -50,13 +53,17 @@ class Processes:
     """
 
     def __init__(self, parallel: str = "ddp") -> None:
-        there = dist.is_available() and dist.is_initialized()
+        there, started = dist.is_available() and dist.is_initialized(), os.environ.get("WORLD_SIZE", "1")
+        if not there and started != "1":
+            raise RuntimeError(
+                f"torchrun started {started} processes, which are no group yet: call it within "
+                "fastlm.train.parallel.process_group, or after torch.distributed.init_process_group"
+            )
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
         self.first, self.several = self.rank == 0, self.count > 1
         self.sharded = self.several and parallel == "fsdp"
-        self._cpu: Any = None  # the group for what is on the CPU
-        if self.several and "cpu:" not in dist.get_backend_config():
-            self._cpu = dist.new_group(backend="gloo")
+        # For what is on the CPU; the others wait in it for as long as the first takes to prepare the data.
+        self._cpu: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.several else None
         self._ddp: Any = None
 
     def wrap(self, model: Pretrained, device: torch.device) -> nn.Module:
@@ -129,6 +136,12 @@ class Processes:
         if made[1] is not None:
             raise made[1]
         return made[0]
+
+    def before_others(self, make: Callable[[], _T]) -> _T:
+        """What `make` gives in each process, the others calling it once it is done in the first."""
+        made: list[_T] = []
+        self.once(lambda: made.append(make()))
+        return made[0] if made else make()
 
     def gathered(self, model: Pretrained) -> Pretrained | None:
         """The model with its whole weights, in the first process."""
