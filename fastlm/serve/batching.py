@@ -124,13 +124,23 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            self.work()
-        for job in (*self.running, *self.waiting):
+            try:
+                self.work()
+            except Exception as error:
+                self.fail(self.abandon(), error)
+        with self._changed:
+            left = [*self.running, *self.waiting]
+        for job in left:
             job.tell(Closed())
 
     def work(self) -> None:
-        """Take what is to be done next, and do it."""
+        """Take what is to be done next, and do it. What it raises is for all that run."""
         raise NotImplementedError
+
+    def abandon(self) -> list[Any]:
+        """What runs, which does so no more."""
+        jobs, self.running = self.running, []
+        return jobs
 
     def take(self, most: int, wait: bool) -> list[Any]:
         """The jobs that have waited longest, as many as go through the model together."""
@@ -168,16 +178,11 @@ class Predictor(Worker):
 
     def work(self) -> None:
         jobs = self.running = self.take(self.limits.max_batch, wait=True)
-        try:
-            answers = self.predict([job.ids for job in jobs]) if jobs else []
-        except Exception as error:
-            self.running = []
-            self.fail(jobs, error)
-        else:
-            self.running = []
-            self.answered += len(jobs)
-            for job, answer in zip(jobs, answers, strict=True):
-                job.tell(answer)
+        answers = self.predict([job.ids for job in jobs]) if jobs else []
+        self.running = []
+        self.answered += len(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            job.tell(answer)
 
     @torch.inference_mode()
     def predict(self, batch: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -276,13 +281,11 @@ class TextGenerator(Worker):
                 self._choose(logits, len(self.running) - len(joining))
         if self.running:
             self.passes += 1
-            try:
-                logits = self.slots.step([job.text.tokens[-1] for job in self.running])
-            except Exception as error:
-                failed, self.running, self.slots.running = self.running, [], 0
-                self.fail(failed, error)
-            else:
-                self._choose(logits, 0)
+            self._choose(self.slots.step([job.text.tokens[-1] for job in self.running]), 0)
+
+    def abandon(self) -> list[Any]:
+        self.slots.running = 0
+        return super().abandon()
 
     def _choose(self, logits: Tensor, first: int) -> None:
         """The next tokens of the jobs in the slots from `first` on; those that are done leave."""
