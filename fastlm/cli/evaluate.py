@@ -40,9 +40,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--text-column", metavar="TEXT", help="of the rows of --data [the run's, or text]")
     parser.add_argument("--label-column", metavar="TEXT", help="of the rows of --data [the run's, or label]")
     parser.add_argument("--out", metavar="DIR", help="write report.md and confusion.png of a classifier there")
-    parser.add_argument(
-        "--seq-len", metavar="N", type=int, help="tokens in a sequence [the run's]"
-    )
+    parser.add_argument("--seq-len", metavar="N", type=int, help="tokens in a sequence [the run's]")
     parser.add_argument("--batch-size", metavar="N", type=int, help="sequences at once [32]")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], help="of the arithmetic [auto]")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")

@@ -143,7 +143,7 @@ def split_labelled(config: LabelledConfig) -> dict[str, LabelledTexts]:
     for part, asked in wanted.items():
         if asked and not len(parts[part]):
             raise ValueError(f"data: {config.path} has too few texts for {part}: {rest}")
-    return parts
+    return {part: parts[part] for part in ("train", "val", "test")}
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], max_length: int) -> list[list[int]]:
