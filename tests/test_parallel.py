@@ -337,12 +337,12 @@ def shared(folder: Path) -> None:
 
 def compiled(folder: Path) -> None:
     for kind in KINDS:
-        runs = [trainer(parallel=kind, compile=compile, steps=3, eval_every=3) for compile in (False, True)]
+        runs = [trainer(parallel=kind, compile=compile, steps=3, micro_batch_size=4) for compile in (False, True)]
         for run in runs:
+            run.eval_data = None
             run.train()
         one, two = map(curve, runs)
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-5)
 
 
 # --- starting them
@@ -481,7 +481,7 @@ def test_the_command_under_torchrun_writes_one_run_that_one_process_goes_on_with
     assert process.returncode != 0
     step = int(re.search(r"stopped and saved at step ([\d,]+); to go on:\n", out)[1].replace(",", ""))
     assert out.endswith("  torchrun --nproc-per-node 2 -m fastlm train --resume --name corpus\n")
-    for once in ("stopped and saved", "runs/corpus: from step 0 to", "parameters; memory", "vocabulary of 300"):
+    for once in ("stopped and saved", "runs/corpus: from step 0 to", "parameters; memory", "; vocabulary of 300"):
         assert out.count(once) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["corpus"]
     folder = checkpoint.latest(tmp_path / "runs/corpus")
@@ -523,7 +523,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
         dataclasses.replace(CONFIG, device="cuda")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_compiled_model_learns_the_same(tmp_path):
     in_two_processes(tmp_path, "compiled")
 
