@@ -25,6 +25,7 @@ import uvicorn
 import fastlm
 from fastlm import cli
 from fastlm.cli.generate import texts
+from fastlm.cli.serve import listening
 from fastlm.data import encode_texts
 from fastlm.data.tokenizer import train_tokenizer
 from fastlm.folder import open_model
@@ -103,12 +104,12 @@ def running(model, tokenizer, prepare=lambda worker: None, quantize=None, **limi
     """A server in this process, and a client of it; `prepare` gets the worker."""
     app = create_app(model, tokenizer, Limits(**limits), quantize=quantize)
     prepare(app.state.worker)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with listening("127.0.0.1", 0) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-        thread = threading.Thread(target=server.run, args=([listening],))
+        thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
-            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            url = f"http://127.0.0.1:{bound.getsockname()[1]}"
             with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
                 client.get("/health")
                 client.worker = app.state.worker
@@ -314,6 +315,13 @@ def test_what_cannot_be_served_is_one_line(home, capsys, tmp_path, monkeypatch):
     assert "the fastapi library is missing: pip install fastlm[serve]" in fails(capsys, home / "gpt")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "the uvicorn library is missing: pip install fastlm[serve]" in fails(capsys, home / "gpt")
+
+
+def test_answers_do_not_wait_for_one_another_in_the_network(bert):
+    """asyncio turns Nagle's algorithm off only where a socket says that it is TCP's."""
+    with listening("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP
+        assert bound.getsockname()[0] == "127.0.0.1"
 
 
 # --- batches
