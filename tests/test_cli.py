@@ -18,8 +18,9 @@ import torch
 
 import fastlm
 from fastlm import cli, data, models
+from fastlm.cli.finetune import StartConfig
 from fastlm.cli.generate import print_text
-from fastlm.cli.runs import new_run
+from fastlm.cli.runs import new_run, tables_of
 from fastlm.cli.train import settings_of
 from fastlm.config import read_toml
 from fastlm.models import GPT
@@ -141,15 +142,26 @@ def test_a_bert_is_pretrained_too(home, capsys, kind):
     assert read_toml(home / f"runs/{kind}/config.toml")["data"]["tokenizer"] == "wordpiece"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.toml")), ids=lambda path: path.stem
-)
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+FINETUNING = [path for path in CONFIGS if path.stem.endswith("-finetune")]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in FINETUNING], ids=lambda path: path.stem)
 def test_every_configuration_that_comes_along_is_one(path):
     settings = settings_of(path, {})
     kind = settings["model"].pop("type")
     getattr(models, kind).config_type.from_dict({"vocab_size": 300, **settings["model"]})
     TrainConfig.from_dict(settings["train"])
     data.DataConfig.from_dict(settings["data"])
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
+def test_every_configuration_of_fine_tuning_is_one(path):
+    settings = tables_of(path, {})
+    StartConfig.from_dict(settings["model"])
+    data.LabelledConfig.from_dict(settings["data"])
+    assert settings["train"].pop("epochs") > 0
+    TrainConfig.from_dict(settings["train"])
 
 
 def test_gpt_tiny_is_what_no_options_train():

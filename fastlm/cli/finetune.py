@@ -6,7 +6,7 @@ import math
 import shlex
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 
 from fastlm import data
 from fastlm.cli.parser import Parser, called, tell
-from fastlm.cli.runs import existing_run, new_run, tables_of
+from fastlm.cli.runs import existing_run, how_to_go_on, new_run, tables_of
 from fastlm.config import Config
 from fastlm.models import BERT, GPT, BERTConfig, BERTForSequenceClassification
 
@@ -58,8 +58,16 @@ class StartConfig(Config):
 
 def finetune(argv: list[str]) -> int:
     """make a classifier of texts from a BERT, and measure it on texts that it has not seen"""
+    from fastlm.train.parallel import process_group
+
+    with process_group():
+        return _finetune(argv)
+
+
+def _finetune(argv: list[str]) -> int:
     from fastlm.folder import model_folder
     from fastlm.train import TrainConfig, Trainer, classify
+    from fastlm.train.parallel import Processes
 
     parser = Parser("finetune", finetune.__doc__)
     parser.add_run()
@@ -87,23 +95,25 @@ def finetune(argv: list[str]) -> int:
     epochs = said.pop("epochs", EPOCHS)
     config = TrainConfig.from_dict(DEFAULTS | said)
     torch.manual_seed(config.seed)
+    processes = Processes()
+    say = tell if processes.first else lambda line: None
     if folder is None:
-        folder = new_run(out, name, of_data.path)
+        folder = processes.once(lambda: new_run(out, name, of_data.path))
         model_from = model_folder(start.path)  # what is wrong with it is said before the texts are read
     parts = data.split_labelled(of_data)
-    tell("\n".join(f"{part}: {parts[part]}" for part in ("train", "val", "test")))
+    say("\n".join(f"{part}: {parts[part]}" for part in ("train", "val", "test")))
     if resume:
         fields = {name: value for name, value in shape.items() if name != "type"}
         model = BERTForSequenceClassification(BERTConfig.from_dict(fields | {"dropout": start.dropout}))
         model.other_config = _names(parts["train"].classes)
         tokenizer = data.load_tokenizer(folder / "tokenizer.json")
     else:
-        model, tokenizer = _classifier(model_from, start, parts["train"].classes)
+        model, tokenizer = _classifier(model_from, start, parts["train"].classes, say)
     config = replace(config, **_following(said, epochs, config, parts, model.config))
     examples = {part: encoded(texts, tokenizer, config.seq_len) for part, texts in parts.items() if len(texts)}
     lengths = torch.tensor([len(each["input_ids"]) for each in examples["train"].examples])
     cut = (lengths == config.seq_len).float().mean().item()
-    tell(f"{lengths.float().mean():.0f} tokens in a text; {cut:.1%} of them end at seq_len, {config.seq_len}")
+    say(f"{lengths.float().mean():.0f} tokens in a text; {cut:.1%} of them end at seq_len, {config.seq_len}")
 
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save(str(path := Path(temporary) / "tokenizer.json"))
@@ -113,14 +123,13 @@ def finetune(argv: list[str]) -> int:
         )  # fmt: skip
         if resume:
             trainer.resume()
-        tell(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
+        say(f"{folder}: from step {trainer.step:,} to {config.steps:,}")
         trainer.train()
-    command = called()
     if trainer.interrupted:
-        where = [] if out == Path("runs") else ["--out", str(out)]
-        print(f"stopped and saved at step {trainer.step:,}; to go on:")
-        print(f"  {shlex.join([command, 'finetune', '--resume', '--name', folder.name, *where])}")
+        say(how_to_go_on("finetune", folder, trainer.step, processes.several))
         return 130
+    if not processes.first:
+        return 0
     print()
     if "test" in examples:
         best = BERTForSequenceClassification.from_pretrained(model_folder(folder))
@@ -138,7 +147,7 @@ def finetune(argv: list[str]) -> int:
         )
         print("\n".join(classify.summary(log_p, labels, texts.classes)))
         print(f"Report in {report}, confusion matrix and curves beside it. ", end="")
-    print(f"Next:\n  {shlex.join([command, 'serve', str(folder)])}")
+    print(f"Next:\n  {shlex.join([called(), 'serve', str(folder)])}")
     return 0
 
 
@@ -154,7 +163,7 @@ def encoded(texts: data.LabelledTexts, tokenizer: Tokenizer, seq_len: int) -> da
 
 
 def _classifier(
-    folder: Path, start: StartConfig, classes: Sequence[str]
+    folder: Path, start: StartConfig, classes: Sequence[str], say: Callable[[str], None]
 ) -> tuple[BERTForSequenceClassification, Tokenizer]:
     """A BERT with a classifier on it: a new one, or that of the folder where that has the very same classes."""
     from fastlm.folder import model_type, tokenizer_of
@@ -181,7 +190,7 @@ def _classifier(
     if not start.from_scratch:
         (model.bert if new else model).load_state_dict(source.float().state_dict())
     weights = "no weights" if start.from_scratch else "the weights of BERT" if new else "all weights"
-    tell(f"{folder}: {weights}{', a new classifier' if new else ''}")
+    say(f"{folder}: {weights}{', a new classifier' if new else ''}")
     return model, data.load_tokenizer(tokenizer_of(folder))
 
 

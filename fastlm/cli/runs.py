@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastlm.cli.parser import called
 from fastlm.config import nearest, read_toml
 
-__all__ = ["existing_run", "new_run", "tables_of"]
+__all__ = ["existing_run", "how_to_go_on", "new_run", "tables_of"]
 
 TABLES = ("model", "data", "train")
 
@@ -37,6 +40,14 @@ def new_run(out: Path, name: str | None, data: str | None) -> Path:
     base = "stdlib" if data is None else Path(data).resolve().stem or "root"
     names = (base if n == 1 else f"{base}-{n}" for n in itertools.count(1))
     return out / (name or next(name for name in names if not (out / name).exists()))
+
+
+def how_to_go_on(command: str, folder: Path, step: int, several: bool) -> str:
+    """What to say of a run that was stopped."""
+    torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", ""), "-m", "fastlm"]
+    where = [] if folder.parent == Path("runs") else ["--out", str(folder.parent)]
+    line = [*(torchrun if several else [called()]), command, "--resume", "--name", folder.name, *where]
+    return f"stopped and saved at step {step:,}; to go on:\n  {shlex.join(line)}"
 
 
 def existing_run(out: Path, name: str | None) -> Path:

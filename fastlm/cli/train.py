@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from fastlm import data, models
 from fastlm.cli.generate import TEMPERATURE, print_text
 from fastlm.cli.parser import Parser, called, tell
-from fastlm.cli.runs import existing_run, new_run, tables_of
+from fastlm.cli.runs import existing_run, how_to_go_on, new_run, tables_of
 from fastlm.data.tokenizer import separator
 from fastlm.models import GPT, BERTConfig
 from fastlm.text import prompt_ids
@@ -91,11 +90,7 @@ def _train(argv: list[str]) -> int:
     if not processes.first:
         return 130 if stopped else 0
     if stopped:
-        where = [] if out == Path("runs") else ["--out", str(out)]
-        torchrun = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", ""), "-m", "fastlm"]
-        command = torchrun if processes.several else [called()]
-        print(f"stopped and saved at step {trainer.step:,}; to go on:")
-        print(f"  {shlex.join([*command, 'train', '--resume', '--name', folder.name, *where])}", flush=True)
+        print(how_to_go_on("train", folder, trainer.step, processes.several), flush=True)
         return 130
     assert evaluation is not None
     print(f"\nvalidation loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.1f}\n")
@@ -116,10 +111,9 @@ def _train(argv: list[str]) -> int:
         sampling: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "seed": config.seed}
         print_text(model.eval(), dataset.tokenizer(), "", prompt_ids(model, dataset.tokenizer(), ""), **sampling)
         print()
-    print(f"Curves in {folder / 'loss.png'}.", end="")
-    if isinstance(model, GPT):
-        print(f" Next:\n  {shlex.join([called(), 'generate', str(folder)])} --prompt 'def '", end="")
-    print()
+    then = ["generate", str(folder)] if isinstance(model, GPT) else ["finetune", "--model", str(folder)]
+    rest = "--prompt 'def '" if isinstance(model, GPT) else "--data LABELLED.csv"
+    print(f"Curves in {folder / 'loss.png'}. Next:\n  {shlex.join([called(), *then])} {rest}")
     return 0
 
 

@@ -66,6 +66,11 @@ class Objective:
             places = np.arange(start, min(start + batch_size, len(self)))
             yield self.inputs(places, places, np.zeros_like(places), 0)
 
+    def num_tokens(self, inputs: Inputs) -> int:
+        """How many tokens a batch has, padding left out."""
+        mask = inputs.get("attention_mask")
+        return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
     def count(self, inputs: Inputs) -> int:
         """How many labels a batch has: what its loss is the mean over."""
         labels = inputs[self.labels]

@@ -189,7 +189,7 @@ class Trainer:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         batches = list(self._micro_batches())
         counts = [self.train_data.count(inputs) for inputs in batches]
-        labels, tokens = self.processes.sum(sum(counts), sum(inputs["input_ids"].numel() for inputs in batches))
+        labels, tokens = self.processes.sum(sum(counts), sum(map(self.train_data.num_tokens, batches)))
         loss = torch.zeros((), device=self.device)
         for i, (inputs, count) in enumerate(zip(batches, counts, strict=True)):
             if not labels or not (count or self.processes.several):  # a mean over nothing
@@ -379,8 +379,9 @@ class Trainer:
         """Say what is ahead, before the first step."""
         if self.quiet:
             return
-        inputs = self._to_device(next(self._micro_batches()))
-        tokens = (self.config.steps - self.step) * self.config.batch_size * self.config.seq_len
+        inputs = next(self._micro_batches())
+        sequences = (self.config.steps - self.step) * self.config.batch_size
+        tokens = sequences * self.train_data.num_tokens(inputs) // len(inputs["input_ids"])
         self._estimated = Estimate.of(
             self.model, inputs, self.optimizers, self._autocast, tokens, self.config.seq_len, self.processes.count
         )
