@@ -226,6 +226,24 @@ def test_a_configuration_runs_again(home, capsys):
     assert losses[0] == losses[1]
 
 
+def test_two_processes_fine_tune_as_one_does(home):
+    options = ["finetune", "--model", "base", *DATA, "--steps", "6", "--eval-every", "3", "--dtype", "fp32"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fastlm", *options, "--name", "two", "--parallel", "fsdp"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("Report in runs/two/report.md") == 1
+    assert cli.main([*options, "--name", "one"]) == 0
+    one, two = (
+        [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for figure in {"loss", "val_loss", "val_accuracy"} & a.keys():
+            assert a[figure] == pytest.approx(b[figure], rel=1e-4)
+
+
 def test_transformers_loads_what_was_fine_tuned(home):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertForSequenceClassification.from_pretrained(model_folder("runs/reviews"))
@@ -287,6 +305,19 @@ def test_a_mistake_is_one_line(home, capsys, arguments, error):
     assert line.count("\n") == 1
     assert re.fullmatch(f"fastlm: {error}\n", line), line
     assert sorted((home / "runs").iterdir()) == before
+
+
+def test_the_report_of_known_predictions(tmp_path):
+    said, labels = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 1, 1])
+    sure = torch.tensor([0.9, 0.6, 0.8, 0.9, 0.9, 0.9])
+    log_p = torch.stack([torch.where(said == n, sure, 1 - sure) for n in range(2)], 1).log()
+    texts = ["a", "a | b", "<c>", "d", "e", "f"]
+    text = classify.write_report(tmp_path, "Known", {"model": "none"}, texts, labels, log_p, ["no", "yes"]).read_text()
+    assert "| no | 1 | 33.33% | 100.00% | 50.00% |" in text  # precision, recall, F1
+    assert "| yes | 5 | 100.00% | 60.00% | 75.00% |" in text
+    assert text.split("| with |\n|---|---|---|---|\n")[1] == (
+        "| &lt;c> | yes | no | 80.0% |\n| a \\| b | yes | no | 60.0% |\n"
+    )
 
 
 def test_intervals_of_shares():

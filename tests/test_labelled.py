@@ -44,12 +44,12 @@ def test_parquet_and_a_folder_of_files(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(arrow.table({"label": [3, 20, None, 3], "body": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
-    texts = read_labelled(tmp_path / "a.parquet", "body")
+    parquet.write_table(arrow.table({"label": [3, 20, None, 3], "words": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
+    texts = read_labelled(tmp_path / "a.parquet", "words")
     assert (texts.texts, texts.classes, texts.labels) == (["a", "b", "d"], ["3", "20"], [0, 1, 0])  # 3 before 20
     assert texts.left_out["unlabelled"] == 1
-    write_csv(tmp_path / "b.csv", [("e", 3), ("f", 20)], ("body", "label"))
-    assert read_labelled(tmp_path, "body").texts == ["a", "b", "d", "e", "f"]
+    write_csv(tmp_path / "b.csv", [("e", 3), ("f", 20)], ("words", "label"))
+    assert read_labelled(tmp_path, "words").texts == ["a", "b", "d", "e", "f"]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,9 @@ def test_parts_share_no_text_and_have_the_shares_of_the_classes(tmp_path):
 
 def test_a_duplicate_that_is_kept_is_in_one_part(tmp_path):
     rows = [(text, label) for text, label in rows_of(60) for _ in range(3)] + [(f"text {i}", "pos") for i in range(9)]
-    rows += [(text, "pos") for text, label in rows[:30] if label == "neg"]  # texts that say both
-    parts = split_labelled(LabelledConfig(str(write_csv(tmp_path / "a.csv", rows)), deduplicate=False))
+    rows += [(text, "pos") for text, label in rows if label == "neg"]  # texts that say both
+    halves = {"val_fraction": 0.4, "test_fraction": 0.4}
+    parts = split_labelled(LabelledConfig(str(write_csv(tmp_path / "a.csv", rows)), deduplicate=False, **halves))
     sets = [set(labelled.texts) for labelled in parts.values()]
     assert sum(len(labelled) for labelled in parts.values()) == len(rows)
     assert sum(map(len, sets)) == len(set().union(*sets))
@@ -114,6 +115,12 @@ def test_files_of_their_own_to_validate_and_to_test_on(tmp_path):
     drawn = split_labelled(LabelledConfig(str(whole), test_path=str(test)))
     assert len(drawn["val"]) == 4
     assert not set(drawn["val"].texts) & set(drawn["test"].texts)
+
+
+def test_a_text_of_each_class_is_left_to_train_on(tmp_path):
+    path = str(write_csv(tmp_path / "a.csv", rows_of(14)))
+    parts = split_labelled(LabelledConfig(path, val_fraction=0.5, test_fraction=0.5))
+    assert sorted(parts["train"].labels) == [0, 1]
 
 
 def test_parts_that_nobody_asks_for_are_empty(tmp_path):

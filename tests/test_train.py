@@ -370,6 +370,14 @@ def test_the_last_checkpoints_and_the_best_stay(tmp_path):
     GPT.from_pretrained(tmp_path / "best")
 
 
+def test_an_evaluation_that_is_no_number_is_not_the_best(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, eval_every=3, save_every=0))
+    fixed = iter([math.nan, 2.0, math.nan, 2.6])
+    run.evaluate = lambda: Evaluation(next(fixed))
+    run.train()
+    assert (tmp_path / "best").resolve().name == "checkpoint-6"
+
+
 def test_a_better_evaluation_is_saved_between_checkpoints(tmp_path):
     run = trainer(tmp_path, dataclasses.replace(CONFIG, eval_every=3, save_every=0))
     fixed = iter([3.0, 2.0, 2.5, 2.6])
