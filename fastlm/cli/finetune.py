@@ -15,7 +15,7 @@ import torch
 
 from fastlm import data
 from fastlm.cli.parser import Parser, called, tell
-from fastlm.cli.runs import existing_run, how_to_go_on, new_run, tables_of
+from fastlm.cli.runs import RunAskedFor, how_to_go_on, new_run, tables_of
 from fastlm.config import Config
 from fastlm.models import BERT, GPT, BERTConfig, BERTForSequenceClassification
 
@@ -77,15 +77,11 @@ def _finetune(argv: list[str]) -> int:
     parser.add_fields("train", TrainConfig, DEFAULTS | FOLLOWS)
     given = parser.parse(argv)
 
-    out, name = Path(given.pop("out", "runs")), given.pop("name", None)
-    options = {key: given.pop(key) for key in ("profile", "price_per_hour") if key in given}
-    file, resume = given.pop("config", None), given.pop("resume", False)
+    asked = RunAskedFor.of(given)
+    resume, folder, options = asked.folder is not None, asked.folder, asked.options
     if "epochs" in given:
         given["train.epochs"] = given.pop("epochs")
-    folder = existing_run(out, name) if resume else None
-    if folder is not None and file is not None:
-        raise ValueError("--resume takes the configuration of the run, and no other")
-    settings = tables_of(folder / "config.toml" if folder else file, given)
+    settings = tables_of(asked.file, given)
     for table, option in (("model", "--model"), ("data", "--data")):
         if "path" not in settings[table]:
             raise ValueError(f"{option} must be given")
@@ -98,7 +94,7 @@ def _finetune(argv: list[str]) -> int:
     processes = Processes()
     say = tell if processes.first else lambda line: None
     if folder is None:
-        folder = processes.once(lambda: new_run(out, name, of_data.path))
+        folder = processes.once(lambda: new_run(asked.out, asked.name, of_data.path))
         model_from = model_folder(start.path)  # what is wrong with it is said before the texts are read
     parts = data.split_labelled(of_data)
     say("\n".join(f"{part}: {parts[part]}" for part in ("train", "val", "test")))

@@ -6,15 +6,45 @@ import itertools
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastlm.cli.parser import called
 from fastlm.config import nearest, read_toml
 
-__all__ = ["existing_run", "how_to_go_on", "new_run", "tables_of"]
+__all__ = ["RunAskedFor", "existing_run", "how_to_go_on", "new_run", "tables_of"]
 
 TABLES = ("model", "data", "train")
+
+
+@dataclass(frozen=True)
+class RunAskedFor:
+    """What the options of `Parser.add_run` say.
+
+    Args:
+        folder: of the run to go on with; None: a new one.
+        file: its configuration, or the one that was named.
+        options: of the Trainer.
+    """
+
+    out: Path
+    name: str | None
+    folder: Path | None
+    file: Path | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> RunAskedFor:
+        """Takes them out of what was given."""
+        out, name, file = Path(given.pop("out", "runs")), given.pop("name", None), given.pop("config", None)
+        options: dict[str, Any] = {key: given.pop(key) for key in ("profile", "price_per_hour") if key in given}
+        if not given.pop("resume", False):
+            return cls(out, name, None, None if file is None else Path(file), options)
+        folder = existing_run(out, name)
+        if file is not None:
+            raise ValueError("--resume takes the configuration of the run, and no other")
+        return cls(out, name, folder, folder / "config.toml", options)
 
 
 def tables_of(file: str | Path | None, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from fastlm import data, models
 from fastlm.cli.generate import TEMPERATURE, print_text
 from fastlm.cli.parser import Parser, called, tell
-from fastlm.cli.runs import existing_run, how_to_go_on, new_run, tables_of
+from fastlm.cli.runs import RunAskedFor, how_to_go_on, new_run, tables_of
 from fastlm.data.tokenizer import separator
 from fastlm.models import GPT, BERTConfig
 from fastlm.text import prompt_ids
@@ -50,14 +50,9 @@ def _train(argv: list[str]) -> int:
     parser.add_fields("train", TrainConfig, {})
     given = parser.parse(argv)
 
-    out, name = Path(given.pop("out", "runs")), given.pop("name", None)
-    options = {key: given.pop(key) for key in ("profile", "price_per_hour") if key in given}
-    file = given.pop("config", None)
-    resume = given.pop("resume", False)
-    folder = existing_run(out, name) if resume else None
-    if folder is not None and file is not None:
-        raise ValueError("--resume takes the configuration of the run, and no other")
-    settings = settings_of(folder / "config.toml" if folder else file, given)
+    asked = RunAskedFor.of(given)
+    resume, folder, options = asked.folder is not None, asked.folder, asked.options
+    settings = settings_of(asked.file, given)
     kind = settings["model"].pop("type")
     config, of_data = TrainConfig.from_dict(settings["train"]), data.DataConfig.from_dict(settings["data"])
     model_type = getattr(models, kind)
@@ -66,7 +61,7 @@ def _train(argv: list[str]) -> int:
     processes = Processes()
     say = tell if processes.first else lambda line: None
     if folder is None:
-        folder = processes.once(lambda: new_run(out, name, of_data.path))
+        folder = processes.once(lambda: new_run(asked.out, asked.name, of_data.path))
     dataset = processes.before_others(lambda: prepared(of_data, say))
     say(dataset.summary)
     torch.manual_seed(config.seed)

@@ -382,6 +382,7 @@ class Trainer:
         inputs = next(self._micro_batches())
         sequences = (self.config.steps - self.step) * self.config.batch_size
         tokens = sequences * self.train_data.num_tokens(inputs) // len(inputs["input_ids"])
+        inputs = self._to_device(inputs)
         self._estimated = Estimate.of(
             self.model, inputs, self.optimizers, self._autocast, tokens, self.config.seq_len, self.processes.count
         )
