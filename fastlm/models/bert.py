@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import fastlm.functional as F
 from fastlm.models import huggingface
-from fastlm.models.gpt import ACTIVATIONS, AddNorm, GPTConfig, Linear, probabilities
+from fastlm.models.gpt import ACTIVATIONS, AddNorm, GPTConfig, probabilities
 from fastlm.models.pretrained import Pretrained
+from fastlm.nn import Linear
 
 __all__ = [
     "BERT",

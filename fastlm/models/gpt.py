@@ -28,6 +28,7 @@ from fastlm import generation
 from fastlm.config import Config
 from fastlm.models import huggingface
 from fastlm.models.pretrained import Pretrained
+from fastlm.nn import Linear
 
 __all__ = ["GPT", "GPTConfig", "GPTOutput"]
 
@@ -96,11 +97,6 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None  # () mean over the labels that are not -100
     logits: Tensor | None  # (B, T, V)
     attentions: tuple[Tensor, ...] | None = None  # of each block (B, H, T, T)
-
-
-class Linear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias)
 
 
 class AddNorm(nn.Module):
