@@ -7,12 +7,13 @@ import importlib
 from types import ModuleType
 
 from fastlm import functional
+from fastlm.accelerate import accelerate
 from fastlm.info import info
 from fastlm.ops.registry import Backend, BackendError, explain, register_backend, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "BackendError", "explain", "functional", "info", "register_backend", "use_backend"]
+__all__ = ["Backend", "BackendError", "accelerate", "explain", "functional", "info", "register_backend", "use_backend"]
 
 
 def __getattr__(name: str) -> ModuleType:
