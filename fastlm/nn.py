@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,6 +60,8 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -87,6 +90,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -185,6 +190,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """
 
     weight: Tensor | None  # a buffer
+    z_loss, softcap, recompute = 0.0, 0.0, False  # of a module that was torch's
 
     def __init__(
         self,
@@ -229,6 +235,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             softcap=self.softcap,
             recompute=self.recompute,
         )
+
+    @staticmethod
+    def why_not(module: torch.nn.Module) -> str:
+        """Why torch's module cannot become this one; "" if it can."""
+        return "" if module.options is None else "its options choose how torch's computes it"
 
     def extra_repr(self) -> str:
         return (
@@ -316,6 +327,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+            names = "key_padding_mask and attn_mask"  # and the words are torch's
+            warnings.warn(f"Support for mismatched {names} is deprecated. Use same type for both instead.", stacklevel=2)
         batched = query.dim() == 3
         turned = batched and not self.batch_first  # (T, B, E)
         q, k, v = (
@@ -418,14 +432,14 @@ def _attention_and_weights(
     B, H, T, D = q.shape
     q, k = (q * D**-0.5).flatten(0, 1), k.flatten(0, 1)
     if mask is None:
-        y, weights = _weighted(torch.bmm(q, k.mT).view(B, H, T, -1), v, dropout_p)
+        y, weights = _weighted(torch.bmm(q, k.mT).unflatten(0, (B, H)), v, dropout_p)
         return y, weights.mean(1) if average else weights
     if mask.dtype == torch.bool:
         mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
     blind = (mask == -math.inf).all(-1, keepdim=True)  # sees no key: not even its gradient may be NaN
     mask = mask.masked_fill(blind, 0.0).to(q.dtype)
     mask = mask.expand(B, H, *mask.shape[2:]).flatten(0, 1) if len(mask) > 1 or mask.shape[1] > 1 else mask[0]
-    y, weights = _weighted(torch.baddbmm(mask, q, k.mT).view(B, H, T, -1), v, dropout_p)
+    y, weights = _weighted(torch.baddbmm(mask, q, k.mT).unflatten(0, (B, H)), v, dropout_p)
     if average and blind.shape[1] == 1:  # before there is less to fill
         return y.masked_fill(blind, 0.0), weights.mean(1).masked_fill(blind[:, 0], 0.0)
     weights = weights.masked_fill(blind, 0.0)
@@ -490,13 +504,16 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        inference = not (
-            self.training or torch.is_grad_enabled() or src_mask is not None or src_key_padding_mask is not None
-        )
-        if not _is_ours(self, torch.nn.TransformerEncoderLayer, src) or (
-            inference and self.self_attn.batch_first and SCALED_DOT_PRODUCT_ATTENTION.auto_alone()
+        masks = [mask for mask in (src_mask, src_key_padding_mask) if mask is not None]
+        inference = not (self.training or torch.is_grad_enabled())
+        if (  # torch's path for inference takes additive masks for bool ones
+            not _is_ours(self, torch.nn.TransformerEncoderLayer, src, *masks)
+            or (torch.compiler.is_compiling() and (self.training or not masks))
+            or (inference and not masks and self.self_attn.batch_first and SCALED_DOT_PRODUCT_ATTENTION.auto_alone())
         ):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if type(self.self_attn) is not MultiheadAttention or is_hooked(self.self_attn):
+            src_mask, src_key_padding_mask = (_additive(mask, src) for mask in (src_mask, src_key_padding_mask))
         places = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
 
         def attention(x: Tensor) -> Tensor:
@@ -547,7 +564,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if not _is_ours(self, torch.nn.TransformerDecoderLayer, tgt, memory):
+        # A compiler fuses what torch's does.
+        if torch.compiler.is_compiling() or not _is_ours(self, torch.nn.TransformerDecoderLayer, tgt, memory):
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
                 memory_is_causal,
@@ -574,12 +592,19 @@ def _ffn(layer: Any, x: Tensor) -> Tensor:
     return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
 
 
+def _additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bool mask as torch's layer hands it to an attention that may be anyone's."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask, -math.inf)
+
+
 def _is_ours(layer: torch.nn.Module, torchs: type, *inputs: Tensor) -> bool:
-    """Whether a layer's forward need not be torch's: its parts have not been given another meaning by a subclass, and
-    the inputs are no nested tensors. A compiler fuses what torch's does."""
+    """Whether a layer's forward need not be torch's: its parts have not been given another meaning, by a subclass or on
+    this one, and the inputs are no nested tensors."""
     parts = [name for name in ("_sa_block", "_mha_block", "_ff_block") if hasattr(torchs, name)]
-    own = all([getattr(type(layer), name) is getattr(torchs, name) for name in parts])
-    return own and not torch.compiler.is_compiling() and all([type(x) in TENSORS and not x.is_nested for x in inputs])
+    own = all([name not in vars(layer) and getattr(type(layer), name) is getattr(torchs, name) for name in parts])
+    return own and all([type(x) in TENSORS and not x.is_nested for x in inputs])
 
 
 def _add_norm(y: Tensor, x: Tensor, dropout: torch.nn.Module, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -610,6 +635,7 @@ def is_hooked(*modules: torch.nn.Module) -> bool:
     everywhere = torch.nn.modules.module
     return any(
         [
+            *["forward" in vars(module) for module in modules],
             everywhere._global_forward_hooks,
             everywhere._global_forward_pre_hooks,
             everywhere._global_backward_hooks,
@@ -692,6 +718,8 @@ OURS: dict[type, type] = {
         Transformer, TransformerDecoder, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer,
     )
 }  # fmt: skip
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+    OURS[torch.nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
 
 
 def swap(modules: Iterable[torch.nn.Module]) -> None:
