@@ -328,8 +328,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if attn_mask is not None and key_padding_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
-            names = "key_padding_mask and attn_mask"  # and the words are torch's
-            warnings.warn(f"Support for mismatched {names} is deprecated. Use same type for both instead.", stacklevel=2)
+            message = "Support for mismatched key_padding_mask and attn_mask is deprecated."  # torch's words
+            warnings.warn(f"{message} Use same type for both instead.", stacklevel=2)
         batched = query.dim() == 3
         turned = batched and not self.batch_first  # (T, B, E)
         q, k, v = (
@@ -429,7 +429,7 @@ def _attention_and_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, average: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain torch, and its probabilities after dropout, (B, H, T, S), or (B, T, S) their average."""
-    B, H, T, D = q.shape
+    B, H, _, D = q.shape
     q, k = (q * D**-0.5).flatten(0, 1), k.flatten(0, 1)
     if mask is None:
         y, weights = _weighted(torch.bmm(q, k.mT).unflatten(0, (B, H)), v, dropout_p)
