@@ -217,6 +217,11 @@ def classify(instruction: Instruction) -> str:
     opcode = instruction.opcode
     if opcode.startswith(("HFMA2", "IMAD.U32")) and re.search(r"-?RZ, -?RZ", instruction.operands):
         return "move"  # of a constant
+    return class_of(opcode)
+
+
+@functools.cache  # of some hundred opcodes in a million instructions
+def class_of(opcode: str) -> str:
     name = next((name for name, pattern in CLASSES.items() if re.match(pattern, opcode)), "other")
     return name.replace("*", str(next((WIDTHS[part] for part in opcode.split(".") if part in WIDTHS), 4)))
 
