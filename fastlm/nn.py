@@ -60,7 +60,7 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:
             return super().forward(input)
         return F.linear(input, self.weight, self.bias)
 
@@ -90,7 +90,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:
             return super().forward(input)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
