@@ -1,9 +1,9 @@
 """Attention: what the compilers made of the kernels, PyTorch and FastLM on the CPU, and peers on a GPU.
 
-Three parts. Without a GPU: instructions of the kernels' inner loops beside those of their peers. On the CPU:
-torch's scaled_dot_product_attention against FastLM's default and its backends. On a GPU where there is one: FastLM's
-kernels, torch's flash, cuDNN, memory-efficient and math kernels, FlexAttention and flash-attn. With --only one part is
-printed and nothing is written.
+Four parts. Without a GPU: instructions of the kernels' inner loops beside those of their peers. On the CPU:
+torch's scaled_dot_product_attention against FastLM's default and its backends; then ("sdpa") that function of torch's,
+with and without fastlm.register_sdpa. On a GPU where there is one: FastLM's kernels, torch's flash, cuDNN,
+memory-efficient and math kernels, FlexAttention and flash-attn. With --only one part is printed and nothing is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import fastlm.functional as F
 from fastlm.ops.registry import OPS
 
 DENSE, VARLEN = "scaled_dot_product_attention", "varlen_attention"
-TORCH, AUTO = "torch", "FastLM auto"
+TORCH, AUTO, REGISTERED = "torch", "FastLM auto", "registered"
 Function = Callable[..., Any]
 Rows = Sequence[Sequence[str]]
 
@@ -258,6 +258,61 @@ def cpu_part(seconds: float) -> list[Comparison]:
     return results
 
 
+# torch's own function, registered ----------------------------------------------------------------------------------
+
+
+def registered_case(
+    batch: int, length: int, causal: bool, models: bool, dtype: torch.dtype, seconds: float
+) -> list[Comparison]:
+    """torch's scaled_dot_product_attention before and after `register_sdpa`, in turns.
+
+    Args:
+        models: the heads of a token lie side by side, as a model's projections leave them.
+    """
+    shape = (batch, length, 12, 64) if models else (batch, 12, length, 64)
+    inputs = [torch.randn(shape).to(dtype) for _ in range(3)]
+    inputs = [(x.transpose(1, 2) if models else x).requires_grad_() for x in inputs]
+    handles: list[Any] = []
+
+    def side(register: bool, run: Function) -> Function:
+        def switched() -> object:
+            if register and not handles:
+                handles.append(fastlm.register_sdpa(cpu=True))
+            elif handles and not register:
+                handles.pop().remove()
+            return run()
+
+        return switched
+
+    title = f"B{batch} H12 T{length} D64 {'causal' if causal else 'full'} {'BTHD' if models else 'BHTD'} {NAMES[dtype]}"
+    results = []
+    for name, wrap in (("fwd", alone), ("fwd + bwd", both)):
+        run = wrap(lambda q, k, v: plain.scaled_dot_product_attention(q, k, v, is_causal=causal), inputs)
+        sides = {TORCH: side(False, run), REGISTERED: side(True, run)}
+        number = max(1, 1024 // (batch * length))
+        results.append(compare(f"{title} {name}", sides, seconds=seconds, number=number, settle=True))
+    for handle in handles:
+        handle.remove()
+    return results
+
+
+def registered_part(seconds: float) -> list[str]:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, length in ((1, 1), (1, 16), (1, 64), (1, 128), (8, 128), (2, 512), (1, 1024)):
+            for causal, models in itertools.product((True, False), (True, False)):
+                results += registered_case(batch, length, causal, models, dtype, seconds)
+    rows = [
+        [r.case, *(f"{r.cell(side)} {r.unit}" for side in (TORCH, REGISTERED)), f"{r.ratio(REGISTERED, TORCH):.2f}"]
+        for r in results
+    ]
+    return [
+        "## torch's own function after `fastlm.register_sdpa(cpu=True)`",
+        "",
+        *_table(["", TORCH, REGISTERED, "times as fast"], rows),
+    ]
+
+
 # A GPU -------------------------------------------------------------------------------------------------------------
 
 TORCHS = {
@@ -369,7 +424,7 @@ def gpu_part(seconds: float, device: str = "cuda", tokens: int = 16384, channels
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("static", "cpu", "gpu"), help="one part, printed and not written")
+    parser.add_argument("--only", choices=("static", "cpu", "sdpa", "gpu"), help="one part, printed and not written")
     parser.add_argument("--seconds", type=float, help="for each case; 2, on a GPU 1")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -378,6 +433,7 @@ def main() -> None:
         [beside_gemm(dtype, arguments.seconds or 2.0) for dtype in (torch.float32, torch.bfloat16)] if results else []
     )
     parts = [rates] if rates else []
+    parts += [registered_part(arguments.seconds or 1.0)] if arguments.only in (None, "sdpa") else []
     parts += [static_part()] if arguments.only in (None, "static") else []
     parts += [gpu_part(arguments.seconds or 1.0)] if arguments.only in (None, "gpu") else []
     text = "\n\n".join("\n".join(part).rstrip() for part in parts)

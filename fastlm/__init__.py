@@ -10,10 +10,21 @@ from fastlm import functional
 from fastlm.accelerate import accelerate
 from fastlm.info import info
 from fastlm.ops.registry import Backend, BackendError, explain, register_backend, use_backend
+from fastlm.sdpa import register_sdpa
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "BackendError", "accelerate", "explain", "functional", "info", "register_backend", "use_backend"]
+__all__ = [
+    "Backend",
+    "BackendError",
+    "accelerate",
+    "explain",
+    "functional",
+    "info",
+    "register_backend",
+    "register_sdpa",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> ModuleType:
