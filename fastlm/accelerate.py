@@ -82,7 +82,7 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def accelerate(model: torch.nn.Module, *, unpad: bool = True) -> Report:
     """Gives a model's layers FastLM's forward, in place.
 
     Swapped are the layers of torch.nn that `fastlm.nn` has, and GPT-2, BERT and BLOOM of Hugging Face's `transformers`
@@ -95,6 +95,8 @@ def accelerate(model: torch.nn.Module) -> Report:
 
     Args:
         model: any module; it may be wrapped (DDP).
+        unpad: where a mask (B, T) has padding, a BERT of `transformers` computes the tokens alone, and hidden states at
+            padding are 0. False: padding is computed too.
 
     Returns:
         What was done and what was not; its `undo()` takes it back.
@@ -112,9 +114,13 @@ def accelerate(model: torch.nn.Module) -> Report:
     report, ours = Report(model), dict(nn.OURS)
     modules = dict(model.named_modules())
     if any(kind.__module__.startswith("transformers.") for module in modules.values() for kind in type(module).__mro__):
-        huggingface = importlib.import_module("fastlm.transformers")
-        ours |= huggingface.OURS
-        huggingface.configure(report)
+        try:
+            huggingface = importlib.import_module("fastlm.transformers")
+        except (AttributeError, ImportError) as error:
+            report.left[""] = f"FastLM does not know this version of transformers: {error}"
+        else:
+            ours |= huggingface.ours(unpad)
+            huggingface.configure(report)
     for name, module in modules.items():
         theirs = next((kind for kind in type(module).__mro__ if kind in ours), None)
         if theirs is None:
