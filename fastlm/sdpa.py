@@ -11,6 +11,7 @@ in the CPU's at the first of each; scaled_dot_product_attention takes the former
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -421,13 +422,15 @@ def _scaled_dot_product_flash_attention_for_cpu(
 ) -> tuple[Tensor, Tensor] | None:
     """-> output, laid out as query, and logsumexp (B, H, T_q), which lies in memory as (B, T_q, H).
 
-    Whoever ran here, ours or torch's, either of the two can run backward.
+    Whoever ran here, ours or torch's, either of the two can run backward; torch's needs 0 for rows that see no key.
     """
     serving = _cpu_backend(query, key, value, attn_mask, dropout_p, is_causal, scale)
     if serving is None:
         return None
     backend, inputs = serving
     output, lse = backend.fwd(*inputs)  # type: ignore[misc]
+    if attn_mask is not None:
+        lse = lse.masked_fill(lse == -math.inf, 0.0)
     return _like(output, query), _tokens_first(lse)
 
 
