@@ -1,5 +1,6 @@
 """What the documentation shows is run."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,9 +15,8 @@ def snippets(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_snippets_of_a_readme_run_one_after_the_other(name: str) -> None:
-    code = "\n".join(snippets(name))
+def test_the_snippets_of_the_readme_run_one_after_the_other() -> None:
+    code = "\n".join(snippets("README.md"))
     assert code.count("import fastlm") >= 2
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -25,9 +25,9 @@ def test_the_snippets_of_a_readme_run_one_after_the_other(name: str) -> None:
 
 def test_the_two_readmes_have_the_same_snippets_but_for_comments() -> None:
     english, chinese = (
-        [re.sub(r"#.*", "", code) for code in snippets(name)] for name in ("README.md", "README.zh-CN.md")
+        [ast.dump(ast.parse(code)) for code in snippets(name)] for name in ("README.md", "README.zh-CN.md")
     )
-    assert [code.split() for code in english] == [code.split() for code in chinese]
+    assert english == chinese
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/architecture.md"])
