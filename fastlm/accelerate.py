@@ -112,6 +112,7 @@ def accelerate(model: torch.nn.Module, *, unpad: bool = True) -> Report:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     report, ours = Report(model), dict(nn.OURS)
+    kept: dict[str, str] = {}
     modules = dict(model.named_modules())
     if any(kind.__module__.startswith("transformers.") for module in modules.values() for kind in type(module).__mro__):
         try:
@@ -119,14 +120,14 @@ def accelerate(model: torch.nn.Module, *, unpad: bool = True) -> Report:
         except (AttributeError, ImportError) as error:
             report.left[""] = f"FastLM does not know this version of transformers: {error}"
         else:
-            ours |= huggingface.ours(unpad)
-            huggingface.configure(report)
+            ours |= huggingface.OURS
+            kept = huggingface.configure(report, unpad)
     for name, module in modules.items():
         theirs = next((kind for kind in type(module).__mro__ if kind in ours), None)
         if theirs is None:
             if not any(module.children()) and any(True for _ in module.parameters()):
                 report.left[name] = f"FastLM has nothing for {_title(type(module))}"
-        elif reason := _why_not(module, theirs, ours[theirs]):
+        elif reason := kept.get(name) or _why_not(module, theirs, ours[theirs]):
             report.left[name] = reason
         else:
             report.swap(name, module, ours[theirs])

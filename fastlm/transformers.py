@@ -11,6 +11,7 @@ Shape suffixes: B batch, T queries, S keys, H heads, D head size, C hidden size,
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import activations, masking_utils, pytorch_utils
+from transformers import activations, pytorch_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bloom import modeling_bloom as bloom
@@ -123,14 +125,14 @@ def mask(**given: Any) -> Tensor | None:
     """
     tokens, S = given.get("attention_mask"), given["kv_length"]
     if (
-        given.get("mask_function") is not masking_utils.bidirectional_mask_function
+        given.get("mask_function") is not bidirectional_mask_function
         or type(tokens) is not Tensor
         or tokens.shape != (given["batch_size"], S)
         or given.get("kv_offset")
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
     ):
-        return masking_utils.sdpa_mask(**given)
+        return sdpa_mask(**given)
     if given.get("allow_is_bidirectional_skip") and tokens.all():
         return None
     T = S if given.get("q_length") is None else given["q_length"]
@@ -140,7 +142,7 @@ def mask(**given: Any) -> Tensor | None:
 
 
 AttentionInterface.register(NAME, attention)
-masking_utils.AttentionMaskInterface.register(NAME, mask)
+AttentionMaskInterface.register(NAME, mask)
 
 
 # What FastLM knows of transformers ----------------------------------------------------------------------------------
@@ -168,6 +170,15 @@ KNOWN: dict[type, tuple[str, str]] = {
         "ALL_ATTENTION_FUNCTIONS EncoderDecoderCache _attn_implementation attention_head_size config contiguous dropout"
         " eager_attention_forward get_interface isinstance key layer_idx p query reshape scaling self_attention_cache"
         " shape training transpose update value view",
+    ),
+    bert.BertForMaskedLM: (
+        "self input_ids attention_mask token_type_ids position_ids inputs_embeds encoder_hidden_states"
+        " encoder_attention_mask labels kwargs",
+        "CrossEntropyLoss MaskedLMOutput attentions bert cls config hidden_states view vocab_size",
+    ),
+    bert.BertForPreTraining: (
+        "self input_ids attention_mask token_type_ids position_ids inputs_embeds labels next_sentence_label kwargs",
+        "BertForPreTrainingOutput CrossEntropyLoss attentions bert cls config hidden_states view vocab_size",
     ),
     gpt2.GPT2Block: (
         "self hidden_states past_key_values attention_mask encoder_hidden_states encoder_attention_mask use_cache"
@@ -304,7 +315,7 @@ class BertEncoder(bert.BertEncoder):
 
     Padding stays in where someone would see the difference: if hidden states or attentions are asked for, if a module
     inside is hooked or is another than BERT's, if a sequence starts with padding (its first hidden state is what a
-    pooler takes), for decoders, caches and masks that are not (B, T).
+    pooler takes), for answers to questions, decoders, caches and masks that are not (B, T).
     """
 
     def forward(
@@ -494,24 +505,64 @@ def _fp32_cross_entropy(logits_NV: Tensor, target_N: Tensor, ignore_index: int, 
         return CROSS_ENTROPY.choose(inputs)(*inputs)
 
 
+@_ours()
+class BertForMaskedLM(bert.BertForMaskedLM):
+    """With labels its loss is FastLM's cross-entropy."""
+
+    @functools.wraps(bert.BertForMaskedLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _with_losses(self, super().forward, args, kwargs, "labels")
+
+
+@_ours()
+class BertForPreTraining(bert.BertForPreTraining):
+    """As `BertForMaskedLM`, both losses."""
+
+    @functools.wraps(bert.BertForPreTraining.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _with_losses(self, super().forward, args, kwargs, "labels", "next_sentence_label")
+
+
+def _with_losses(model: Any, forward: Callable[..., Any], args: Any, kwargs: Any, *names: str) -> Any:
+    """What a forward without its labels gives, and the sum of the losses: the n-th labels' with the n-th logits."""
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    given = inspect.signature(forward).bind(*args, **kwargs)
+    labels = [given.arguments.pop(name, None) for name in names]
+    if any(label is None for label in labels):
+        return forward(*args, **kwargs)
+    chosen = kwargs.get("return_dict")
+    output = forward(*given.args, **given.kwargs | {"return_dict": True})
+    losses = [
+        F.cross_entropy(logits.view(-1, logits.shape[-1]), label.view(-1))
+        for logits, label in zip(output.values(), labels, strict=False)
+    ]
+    output = type(output)(loss=functools.reduce(torch.add, losses), **output)
+    return output if (model.config.return_dict if chosen is None else chosen) else output.to_tuple()
+
+
 # Whole models -------------------------------------------------------------------------------------------------------
 
 
-def ours(unpad: bool) -> dict[type, type]:
-    """transformers' classes -> FastLM's; `unpad` is whether BERT is to compute tokens alone."""
-    return {theirs: kind for theirs, kind in OURS.items() if unpad or kind is not BertEncoder}
-
-
-def configure(report: Report) -> None:
+def configure(report: Report, unpad: bool) -> dict[str, str]:
     """Gives the GPT-2, BERT and BLOOM models in a model FastLM's attention and loss, by their own setters.
 
     Attention is changed from "sdpa" only: another was chosen by someone, "eager" for the weights that it gives. BLOOM's
     knows but one.
+
+    Returns:
+        Modules of which the class is to stay -> why. `unpad` is whether BERT may compute tokens alone.
     """
-    for name, model in report.model.named_modules():
-        if isinstance(model, FAMILIES):
-            _set_attention(report, name, model)
-            _set_loss(report, name, model)
+    kept = {}
+    for name, module in report.model.named_modules():
+        if isinstance(module, FAMILIES):
+            _set_attention(report, name, module)
+            _set_loss(report, name, module)
+        if isinstance(module, bert.BertEncoder) and not unpad:
+            kept[name] = "padding is to be computed too"
+        if isinstance(module, bert.BertForQuestionAnswering):
+            kept[f"{name}.bert.encoder".lstrip(".")] = "an answer is sought at all positions, padding among them"
+    return kept
 
 
 def _set_attention(report: Report, name: str, model: Any) -> None:
