@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,6 @@ from proof.checks import Check
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-BUILD = ROOT / "build" / "mutants"
 TABLE = Path(__file__).with_name("equivalent_mutants.toml")
 
 OPERATORS = {
@@ -470,7 +469,7 @@ PRECOMPILED = """\
 #include <vector>
 """
 # Of the plain build: a local array overrun, a shift too far or an access that is not aligned ends the process.
-TRAPS = "-O0 -fsanitize=bounds-strict,shift,alignment -fsanitize-undefined-trap-on-error"
+TRAPS = "-O0 -g0 -fsanitize=bounds-strict,shift,alignment -fsanitize-undefined-trap-on-error"
 SWITCH = 'extern "C" { int fastlm_mutant_number = 0; int fastlm_mutant() { return fastlm_mutant_number; } }'
 LAUNCHER = re.compile(r"^const char\* (\w+)\(const (\w+Params)& \w+, int \w+, void\* \w+\)", re.M)
 
@@ -483,41 +482,41 @@ def without_kernels(source: str, header: str) -> str:
 
 
 class Build:
-    """The emulator of the kernels as they are, and the commands that made it. One for all judges."""
+    """The objects of the emulator with the kernels as they are, in a folder of this process, and the commands that
+    made them. One for all judges."""
 
     def __init__(self, kind: str) -> None:
-        self.folder = BUILD / kind
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.module = emulator.build_module(build=kind, flags=["-w"], proof_kernels=False, folder=self.folder)
-        command = [sys.executable, "-m", "ninja", "-C", str(self.folder), "-t", "compdb"]
+        self.module = emulator.build_module(build=kind)
+        command = [sys.executable, "-m", "ninja", "-C", str(self.module.parent), "-t", "compdb"]
         rules = json.loads(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
-        self.commands = {rule["output"]: re.sub(r"-MMD -MF \S+ ", "", rule["command"]) for rule in rules}
+        commands = {rule["output"]: re.sub(r"-MMD -MF \S+ ", "", rule["command"]) for rule in rules}
+        self.temporary = tempfile.TemporaryDirectory(prefix="mutants-")
+        self.folder = Path(self.temporary.name)
+        ninjas = shutil.ignore_patterns("*.so", "*ninja*", "lock")  # others may be asking it whether all is up to date
+        shutil.copytree(self.module.parent, self.folder, ignore=ninjas, dirs_exist_ok=True)
         self.switch = self.folder / "switch.o"
-        own = f"{self.folder}/{os.getpid()}"  # moved when whole: other processes may be using what is there
-        subprocess.run(["g++", "-O2", "-fPIC", "-c", "-xc++", "-", "-o", own], input=SWITCH, text=True, check=True)
-        os.replace(own, self.switch)
-        self.kernels = sorted(str(path.relative_to(CSRC)) for path in CSRC.rglob("*.cu"))
-        self.kernels = [kernel for kernel in self.kernels if f"{kernel}.o" in self.commands]
-        self.extra = ""
+        switch = ["g++", "-O2", "-fPIC", "-c", "-xc++", "-", "-o", str(self.switch)]
+        subprocess.run(switch, input=SWITCH, text=True, check=True)
+        self.compiler = commands[f"{SUITES['layer_norm'].kernels[0]}.o"].partition(" -c ")[0] + " -w"
+        self.linker = re.sub(r" \S+\.cu\.o(?= )", "", commands[self.module.name])
         if kind == "plain":
-            header, command = self.folder / "precompiled.h", self.commands[f"{self.kernels[0]}.o"]
+            header = self.folder / "precompiled.h"
             header.write_text(PRECOMPILED)
-            command = command.replace(" -x c++ ", f" {TRAPS} -x c++-header ").partition(" -c ")[0]
-            subprocess.run(f"{command} -c {header} -o {own}", shell=True, check=True)
-            os.replace(own, f"{header}.gch")
-            self.extra = f"{TRAPS} -include {header}"
+            self.compiler += f" {TRAPS}"
+            command = self.compiler.replace(" -x c++ ", " -x c++-header ")
+            subprocess.run(f"{command} -c {header} -o {header}.gch", shell=True, check=True)
+            self.compiler += f" -include {header}"
 
-    def compile(self, kernel: str, tree: Path, out: Path) -> bool:
-        """Whether a kernel's file of another tree compiles."""
-        command = self.commands[f"{kernel}.o"].replace(str(CSRC), str(tree)).replace(f"{kernel}.o", str(out))
-        command = command.replace(" -c ", f" {self.extra} -c ")
+    def compile(self, source: Path, tree: Path, out: Path) -> bool:
+        """Whether a file compiles with the headers of a tree."""
+        command = self.compiler.replace(str(CSRC), str(tree)) + f" -c {source} -o {out}"
         return subprocess.run(command, shell=True, capture_output=True, cwd=self.folder).returncode == 0
 
-    def link(self, objects: dict[str, Path], out: Path) -> None:
-        command = self.commands[self.module.name].replace(self.module.name, str(out))
-        command = command.replace(" -ldl ", f" {self.switch} -ldl ")
-        for kernel, path in objects.items():
-            command = command.replace(f" {kernel}.o ", f" {path} ")
+    def link(self, objects: Iterable[Path], out: Path) -> None:
+        """The module with these objects for all kernels. None may have functions of a header as they are beside those
+        of a mutant: of two with one name the linker takes the first."""
+        command = self.linker.replace(self.module.name, str(out)).replace(" -ldl ", f" {self.switch} -ldl ")
+        command = command.replace(" -shared ", f" -shared {' '.join(map(str, objects))} ")
         subprocess.run(command, shell=True, check=True, cwd=self.folder)
 
 
@@ -580,29 +579,32 @@ build_of = functools.cache(Build)
 
 
 class Judge:
-    """Compiles and runs mutants of one op, in a folder of its own."""
+    """Compiles and runs mutants of one op, in a folder of its own within `folder`."""
 
-    def __init__(self, op: str, checks: list[Check], known: set[str]) -> None:
+    def __init__(self, op: str, checks: list[Check], known: set[str], folder: str) -> None:
         self.suite, self.checks, self.known = SUITES[op], checks, known
-        self.temporary = tempfile.TemporaryDirectory(prefix="mutants-")
-        self.folder = Path(self.temporary.name)
-        self.tree, self.empty = self.folder / "csrc", self.folder / "without_kernels"
-        for tree in (self.tree, self.empty):
-            shutil.copytree(CSRC, tree)
-        for path in self.empty.rglob("*.cu"):
-            op_folder = path.parent.name
-            path.write_text(without_kernels(path.read_text(), f"{op_folder}/{op_folder}.h"))
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.tree = self.folder / "csrc"
+        shutil.copytree(CSRC, self.tree)
         self.kills: Counter[tuple[str, str]] = Counter()
 
     @functools.cache  # noqa: B019, one judge lives as long as its process
     def prepare(self, kind: str) -> tuple[Build, dict[str, Path]]:
         """The build, and the objects of all kernels as they are; those of other ops are empty. The checks hold."""
-        build, objects = build_of(kind), {}
-        for kernel in build.kernels:
-            objects[kernel] = self.folder / f"{kind}-{Path(kernel).name}-unchanged.o"
-            assert build.compile(kernel, CSRC if kernel in self.suite.kernels else self.empty, objects[kernel]), kernel
+        build, objects, others = build_of(kind), {}, []
+        for path in emulator.kernels():
+            if (kernel := str(path.relative_to(CSRC))) not in self.suite.kernels:
+                others.append(without_kernels(path.read_text(), f"{path.parent.name}/{path.parent.name}.h"))
+            elif kind == "plain":  # with traps
+                objects[kernel] = self.folder / f"{path.name}-unchanged.o"
+                assert build.compile(path, CSRC, objects[kernel]), kernel
+            else:
+                objects[kernel] = build.folder / f"{kernel}.o"
+        source, objects["others"] = self.folder / "others.cu", self.folder / f"{kind}-others.o"
+        source.write_text("".join(others))
+        assert build.compile(source, CSRC, objects["others"])
         module = self.folder / f"unchanged-{build.module.name}"
-        build.link(objects, module)
+        build.link(objects.values(), module)
         status, by = run_checks(module, kind, 0, self.checks_for("", kind), 60.0)
         assert status == "survived", f"the checks fail for the kernels as they are: {status}, {by}"
         return build, objects
@@ -649,20 +651,20 @@ class Judge:
         objects = dict(objects)
         for kernel in [file] if file in kernels else kernels:
             objects[kernel] = self.folder / f"{kind}-{Path(kernel).name}.o"
-            if not build.compile(kernel, self.tree, objects[kernel]):
+            if not build.compile(self.tree / kernel, self.tree, objects[kernel]):
                 return None
         module = self.folder / build.module.name
-        build.link(objects, module)
+        build.link(objects.values(), module)
         return module
 
 
 _judge: Judge
 
 
-def _start(op: str, checks: list[Check], known: set[str]) -> None:
+def _start(op: str, checks: list[Check], known: set[str], folder: str) -> None:
     global _judge
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what is left unwritten shows
-    _judge = Judge(op, checks, known)
+    _judge = Judge(op, checks, known, folder)
 
 
 def _work(group: list[Mutant]) -> list[Verdict]:
@@ -672,8 +674,12 @@ def _work(group: list[Mutant]) -> list[Verdict]:
 def judge_all(op: str, mutants: list[Mutant], jobs: int, known: set[str]) -> list[Verdict]:
     torch.set_num_threads(1)  # those of OpenMP would be missing after a fork
     checks, verdicts, shown = SUITES[op].checks(), [], 0.0
-    build_of("plain")
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, (op, checks, known)) as pool:
+    for kind in PATIENCE:
+        build_of(kind)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start, (op, checks, known, folder)) as pool,
+    ):
         groups = sorted(groups_of(mutants, 48), key=len, reverse=True)
         for future in as_completed([pool.submit(_work, group) for group in groups]):
             if future.exception():

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -45,6 +44,7 @@ from fastlm.ops.compiled import Launchers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
 SCHEDULES = ("adversarial", "round_robin", "random")
 BUILDS = {  # flags of kernels, and of everything
     "plain": ("", ""),
@@ -122,51 +122,39 @@ def _cxx() -> str:
     return os.environ.get("CXX") or "g++"
 
 
-def _kernels(csrc: Path, proof_kernels: bool) -> list[Path]:
-    sources = [*csrc.rglob("*.cu"), *((HERE.parent / "kernels").glob("*.cu") if proof_kernels else ())]
-    return sorted(path for path in sources if path.name != "kernel_attributes.cu")  # asks the CUDA runtime
+def kernels() -> list[Path]:
+    """The files with the kernels of csrc."""
+    return sorted(path for path in CSRC.rglob("*.cu") if path.name != "kernel_attributes.cu")  # asks the CUDA runtime
 
 
-def build_module(
-    csrc: Path = ROOT / "csrc",
-    build: str = "plain",
-    *,
-    flags: Sequence[str] = (),
-    proof_kernels: bool = True,
-    folder: Path | None = None,
-) -> Path:
-    """The Python module of a tree of CUDA sources; only what has changed since the last time is compiled.
+def proof_kernels() -> list[Path]:
+    """The files with the kernels of tests/proof/kernels, for `run`."""
+    return sorted((HERE.parent / "kernels").glob("*.cu"))
 
-    Args:
-        csrc: the tree.
-        build: one of BUILDS.
-        flags: for the compiler, after its own.
-        proof_kernels: with those of tests/proof/kernels, for `run`.
-        folder: where to build; else one of its own in build/.
-    """
+
+def build_module(build: str = "plain") -> Path:
+    """The Python module of a build, one of BUILDS; only what has changed since the last time is compiled."""
     from ninja.ninja_syntax import Writer
 
-    if folder is None:
-        key = hashlib.sha256(repr((csrc, flags, proof_kernels)).encode()).hexdigest()[:8]
-        folder = ROOT / "build" / "emulator" / f"{build}-{key}"
+    folder = ROOT / "build" / "emulator" / build
     folder.mkdir(parents=True, exist_ok=True)
     import pybind11
 
     kernel_flags, all_flags = BUILDS[build]
     system = [*toolkit.includes(), pybind11.get_include(), sysconfig.get_path("include")]
-    paths = [f"-I{path}" for path in (csrc, HERE, HERE.parent / "kernels")]
+    paths = [f"-I{path}" for path in (CSRC, HERE, HERE.parent / "kernels")]
     paths += [word for path in system for word in ("-isystem", path)]
     module = folder / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja.new", "w") as file:
             ninja = Writer(file, width=10_000)
-            compiler = f"{_cxx()} {COMMON} {WARNINGS} {all_flags} {shlex.join(flags)} {shlex.join(map(str, paths))}"
+            compiler = f"{_cxx()} {COMMON} {WARNINGS} {all_flags} {shlex.join(map(str, paths))}"
             ninja.rule("cxx", f"{compiler} $extra -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
             ninja.rule("link", f"rm -f $out && {_cxx()} {all_flags} -shared -Wl,-Bsymbolic $in -ldl -o $out")
             objects = []
-            for source in _kernels(csrc, proof_kernels):
-                place = source.relative_to(csrc) if csrc in source.parents else source.name
+            for source in [*kernels(), *proof_kernels()]:
+                place = source.relative_to(CSRC) if CSRC in source.parents else source.name
                 extra = {"extra": f"-x c++ {kernel_flags}"}
                 objects += ninja.build(f"{place}.o", "cxx", str(source), variables=extra)
             for source in sorted(HERE.glob("*.cpp")):
@@ -219,7 +207,7 @@ def _built(build: str) -> ModuleType:
 def _ptx() -> Any:
     from proof.emulator.ptx_build import PtxBuild
 
-    return PtxBuild(_built("plain"), _kernels(ROOT / "csrc", True))
+    return PtxBuild(_built("plain"), [*kernels(), *proof_kernels()])
 
 
 def _configured() -> ModuleType:
