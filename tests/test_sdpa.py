@@ -280,6 +280,8 @@ def test_results_lie_as_torchs_compilers_expect(layout, flash_on_cpu):
         for a, b in zip((*ours, *gradients), (*meta, *(torch.empty_like(x) for x in inputs)), strict=True):
             if isinstance(a, torch.Tensor):
                 assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+            else:
+                assert a == b, name
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels), "emulator"])
