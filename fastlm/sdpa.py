@@ -11,6 +11,7 @@ in the CPU's at the first of each; scaled_dot_product_attention takes the former
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,9 @@ def register_sdpa(*, cpu: bool = False) -> Registration:
     number of splits, debug masks, and dropout on a CPU. `fastlm.use_backend` has a say here too: "native" is PyTorch's
     own kernel, and a named backend that cannot serve raises.
 
+    Models of Hugging Face's `transformers`, if that is installed, may be made with `attn_implementation="fastlm"` from
+    then on, on any device.
+
     Args:
         cpu: also replace PyTorch's flash attention on CPU tensors.
 
@@ -69,6 +73,11 @@ def register_sdpa(*, cpu: bool = False) -> Registration:
     """
     if torch.version.hip:
         raise RuntimeError(f"register_sdpa: PyTorch must be built for CUDA or for CPUs, got HIP {torch.version.hip}")
+    if importlib.util.find_spec("transformers") is not None:
+        try:
+            importlib.import_module("fastlm.transformers")
+        except (AttributeError, ImportError) as error:
+            warnings.warn(f"register_sdpa: this version of transformers is not known: {error}", stacklevel=2)
     return Registration(cpu)
 
 

@@ -451,10 +451,10 @@ def _bias(alibi_BH1S: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 def _causal(mask: Tensor) -> Tensor | None:
     """(B, 1, 1, S), what a mask (B, 1, S, S) hides besides what is causal, if that is the same keys for all queries.
 
-    All layers are given one mask: what was found is its attribute `causal`.
+    All layers are given one mask: what was found is its attribute `causal`. Of a GPU it would have to be waited for.
     """
     T, S = mask.shape[2:]
-    if T != S or T == 1:
+    if T != S or T == 1 or not mask.is_cpu:
         return None
     if not hasattr(mask, "causal"):
         keys_B11S = mask[:, :, -1:]

@@ -733,3 +733,23 @@ def test_on_a_gpu_dropout_is_the_same_in_backward_and_native_goes_on_to_torchs_k
     torch.testing.assert_close((gradient.double() * value).sum(), output.double().square().sum(), rtol=2e-2, atol=0.0)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert torch.equal(plain, T.scaled_dot_product_attention(query, key, value))
+
+
+def test_one_call_is_enough_for_models_of_transformers():
+    pytest.importorskip("transformers")
+    script = (
+        "import sys, torch, fastlm\n"
+        "assert 'transformers' not in sys.modules\n"
+        "fastlm.register_sdpa().remove()\n"
+        "import transformers\n"
+        "config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9)\n"
+        "model = transformers.AutoModel.from_config(config, attn_implementation='fastlm')\n"
+        "with fastlm.use_backend('cuda'):\n"
+        "    try:\n"
+        "        model(torch.tensor([[1, 2]]))\n"
+        "    except fastlm.BackendError as error:\n"
+        "        assert 'scaled_dot_product_attention' in str(error)\n"
+        "    else:\n"
+        "        raise AssertionError('not ours')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
