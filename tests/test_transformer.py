@@ -272,6 +272,13 @@ WEIGHTS = {
     "mean weights": {},
     "weights per head": {"average_attn_weights": False},
 }
+
+
+def by(weights):
+    """The backends to try: where the weights are not needed, "auto" may find torch's own forward no slower."""
+    return BACKENDS if weights == "no weights" else ["auto"]
+
+
 WHO = ["self", "key is value", "all different"]
 
 
@@ -466,7 +473,8 @@ def test_attention_with_every_mask_is_within_the_error_rule(mask, weights, who):
     if who == "self" and "key_padding_mask" in masks:
         masks["key_padding_mask"] = masks["key_padding_mask"][:, :T]
         masks["key_padding_mask"][:, 0] = 0
-    compare(attention(), q_k_v(who), masks | WEIGHTS[weights])
+    for backend in by(weights):
+        compare(attention(), q_k_v(who), masks | WEIGHTS[weights], backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -526,8 +534,9 @@ def test_attention_with_every_option_is_within_the_error_rule(option, mask, weig
     for who in ["all different"] + ["self"] * (mask == "none" and set(widths.values()) == {embed}):
         inputs = q_k_v(who, embed=embed, **widths)
         masks = MASKS[mask](T, S, heads, torch.float32) | WEIGHTS[weights]
-        compare(attention(**options), inputs, masks)
-        compare_inference(attention(**options), inputs, masks)
+        for backend in by(weights):
+            compare(attention(**options), inputs, masks, backend=backend)
+            compare_inference(attention(**options), inputs, masks, backend=backend)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -549,9 +558,12 @@ def test_attention_takes_every_order_of_dimensions(who, mask, weights, batch_fir
         if "key_padding_mask" in masks:
             masks["key_padding_mask"] = masks["key_padding_mask"][1]
     modules = attention(batch_first=batch_first)
-    found = compare(modules, inputs, masks | WEIGHTS[weights])
-    compare_inference(modules, inputs, masks | WEIGHTS[weights])
-    assert found["output 0"].shape == inputs[0].shape
+    for backend in by(weights):
+        found = compare(modules, inputs, masks | WEIGHTS[weights], backend=backend)
+        compare_inference(modules, inputs, masks | WEIGHTS[weights], backend=backend)
+        assert found["output 0"].shape == inputs[0].shape
+        for module in modules:
+            module.train()
 
 
 @pytest.mark.parametrize(
@@ -594,7 +606,8 @@ def test_the_causal_hint_gives_what_torch_gives(padding, who, weights):
     if padding:
         masks["key_padding_mask"] = padded(keys, (5, 4, 1))
     modules = attention()
-    compare(modules, q_k_v(who), masks | WEIGHTS[weights])
+    for backend in by(weights):
+        compare(modules, q_k_v(who), masks | WEIGHTS[weights], backend=backend)
     if who != "self":  # torch's fast path takes the mask, whatever the hint
         compare_inference(modules, q_k_v(who), masks | WEIGHTS[weights])
 
@@ -603,7 +616,8 @@ def test_the_causal_hint_leaves_the_keys_that_the_module_adds_where_torch_leaves
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}):
         for padding, weights in itertools.product(({}, {"key_padding_mask": padded(T, (5, 4, 1))}), WEIGHTS.values()):
             masks = {"attn_mask": torch.ones(T, T, dtype=torch.bool).triu(1), "is_causal": True}
-            compare(attention(**options), q_k_v("self"), masks | padding | weights)
+            for backend in BACKENDS:
+                compare(attention(**options), q_k_v("self"), masks | padding | weights, backend=backend)
 
 
 def test_a_hint_that_no_mask_stands_for_is_refused_as_torch_refuses_it():
@@ -645,8 +659,8 @@ PARTS = ["input 0", "input 1", "input 2", "in_proj_weight", "in_proj_bias", "out
     "wanted", [*([name] for name in PARTS), ["input 0", "in_proj_bias"], ["input 1", "input 2"], PARTS[3:], []], ids=str
 )
 def test_gradients_on_any_subset_are_torchs(wanted, weights):
-    for who in WHO:
-        compare(attention(), q_k_v(who), WEIGHTS[weights], wanted=set(wanted))
+    for who, backend in itertools.product(WHO, by(weights)):
+        compare(attention(), q_k_v(who), WEIGHTS[weights], wanted=set(wanted), backend=backend)
     compare_inference(attention(), q_k_v("self"), WEIGHTS[weights])
 
 
@@ -1023,13 +1037,14 @@ def test_gradients_of_a_layer_on_any_subset_are_torchs(wanted, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_a_layer_under_autocast_gives_torchs_dtypes_within_the_error_rule(norm_first, kind):
-    for mask in ("none", "both"):
+    for mask, dtype in (("none", torch.float32), ("both", torch.float32), ("none", torch.bfloat16)):
         masks = LAYER_MASKS[mask](T, torch.float32)
         masks = decoder_masks(masks) if "Decoder" in kind else masks
         ours, torchs, exact = layer(kind, norm_first=norm_first, activation="gelu")
+        inputs = sequences(kind, dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found, near = (answers(module, sequences(kind), masks) for module in (ours, torchs))
-        true = answers(exact, sequences(kind), masks, dtype=torch.float64)
+            found, near = (answers(module, inputs, masks) for module in (ours, torchs))
+        true = answers(exact, inputs, masks, dtype=torch.float64)
         for name, expected in near.items():
             assert_within_rule(found[name], expected, true[name], name)
 
@@ -1143,8 +1158,9 @@ def test_a_dropout_that_the_user_changes_is_the_one_that_counts(kind):
             elif name.endswith("attn"):
                 part.dropout = 0.0
         assert torch.equal(module(*sequences(kind)), module(*sequences(kind)))
+        module.dropout1.p = 0.5
+        assert not torch.equal(module(*sequences(kind)), module(*sequences(kind)))
         module.dropout1.eval()
-        module.dropout1.p = 1.0
         assert torch.equal(module(*sequences(kind)), module(*sequences(kind)))
 
 
