@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import activations, pytorch_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -82,6 +83,11 @@ def attention(
     """
     if lacking := [name for name in ("s_aux", "sinks", "head_mask", "cache") if kwargs.get(name) is not None]:
         raise ValueError(f'attn_implementation="{NAME}" has no {lacking[0]}: take another for {type(module).__name__}')
+    if torch.jit.is_tracing():  # for which sizes are tensors
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal,
+            position_bias=position_bias, softcap=softcap,
+        )  # fmt: skip
     if kwargs.get("output_attentions"):
         warnings.warn(f'attn_implementation="{NAME}" forms no attention weights: take "eager" for them', stacklevel=2)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

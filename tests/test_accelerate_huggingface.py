@@ -511,6 +511,19 @@ def test_a_compiler_sees_the_plain_model(name):
     assert_same({k: p.grad for k, p in model.named_parameters()}, gradients(plain, two, tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["GPT2Model", "BertModel", "BloomModel"])
+def test_tracing_and_exporting_work_as_they_did(name):
+    _, model, _ = both(name, torch.float32, use_cache=False, return_dict=False)
+    given, tokens = inputs(name, padding("right"))
+    ids, mask = given["input_ids"], given["attention_mask"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (ids,), check_trace=False)
+        exported = torch.export.export(model, (ids,), {"attention_mask": mask}, strict=False).module()
+        torch.testing.assert_close(traced(ids.flip(0))[0], model(ids.flip(0))[0])
+        torch.testing.assert_close(exported(ids, attention_mask=mask)[0][tokens], model(**given)[0][tokens])
+
+
 def test_it_may_be_wrapped_in_ddp_before_or_after(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -774,6 +787,17 @@ def test_packed_sequences_do_not_see_each_other(kind):
     for row, start in zip(rows, starts.tolist(), strict=False):
         alone = model(row, use_cache=False).logits
         torch.testing.assert_close(packed[:, start : start + row.shape[1]], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_register_sdpa_makes_the_name_known_to_transformers(monkeypatch):
+    monkeypatch.setattr(fastlm, "transformers", ours)  # this and the next are for what comes after this test
+    monkeypatch.setitem(ours.AttentionMaskInterface._global_mapping, "fastlm", ours.mask)
+    monkeypatch.delitem(ours.AttentionInterface._global_mapping, "fastlm")
+    monkeypatch.delitem(sys.modules, "fastlm.transformers")
+    with pytest.raises(ValueError, match="fastlm"):
+        another("bart", "fastlm")
+    with fastlm.register_sdpa():
+        assert another("bart", "fastlm").config._attn_implementation == "fastlm"
 
 
 def test_what_would_change_the_result_is_refused():
