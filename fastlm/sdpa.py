@@ -56,9 +56,6 @@ def register_sdpa(*, cpu: bool = False) -> Registration:
     Models of Hugging Face's `transformers`, if that is installed, may be made with `attn_implementation="fastlm"` from
     then on, on any device.
 
-    Where `transformers` has been imported, its models may ask for `attn_implementation="fastlm"` from then on, as after
-    `import fastlm.transformers`.
-
     Args:
         cpu: also replace PyTorch's flash attention on CPU tensors.
 
