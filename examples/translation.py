@@ -196,7 +196,7 @@ def main():
     model = Translator(tokenizer.get_vocab_size(), dropout=args.dropout)
     criterion = nn.CrossEntropyLoss(ignore_index=PAD)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / 100) * (1 - n / args.steps))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(short):,} pairs to train on, {len(validation)} to validate on, {parameters / 1e6:.1f} M parameters")
     print(f"{type(model.transformer).__module__}.{type(model.transformer).__name__}")
@@ -209,7 +209,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            warmup.step()
+            schedule.step()
             losses.append(loss.item())
             spent, step = spent + time.perf_counter() - start, step + 1
             if step % args.every == 0 or step == args.steps:
@@ -222,11 +222,7 @@ def main():
 
     for (english, german), (ids, _) in list(zip(shuffled, encoded, strict=True))[: min(SHOWN, held_out)]:
         translation = tokenizer.decode(greedy_decode(model, torch.tensor(ids), LONGEST)).strip()
-        print(
-            f"\n  {english}\n  is  {translation}\n  not {german}"
-            if translation != german
-            else f"\n  {english}\n  is  {german}"
-        )
+        print(f"\n  English  {english}\n  German   {german}\n  model    {translation}")
 
 
 if __name__ == "__main__":
