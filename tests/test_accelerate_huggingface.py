@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import pickle
@@ -276,6 +277,15 @@ def test_attention_dropout_of_bloom_drops_that_share():
     assert not seen[0].any()
 
 
+def test_hidden_dropout_of_bloom_drops_that_share():
+    _, model, _ = both("BloomModel", torch.float32, hidden_dropout=1.0)
+    given, _ = inputs("BloomModel")
+    seen = []
+    model.train().h[0].register_forward_hook(lambda module, args, output: seen.extend((args[0], output[0])))
+    model(**given)
+    assert torch.equal(*seen)
+
+
 # --- padding that is not computed
 
 
@@ -411,6 +421,14 @@ def test_every_hook_fires_with_the_same_shapes(name):
     assert len(seen[1]) > 50
 
 
+def test_who_watches_a_block_of_bloom_gets_the_probabilities():
+    _, model, _ = both("BloomModel", torch.float32)
+    seen = []
+    model.h[1].register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    model(**inputs("BloomModel")[0])
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(3, 3, T))
+
+
 @pytest.mark.parametrize("name", MAIN)
 def test_a_copy_is_accelerated_and_undo_leaves_it(name):
     plain, model, report = both(name, torch.float32)
@@ -500,7 +518,28 @@ def test_one_token_and_one_sequence(name):
 
 
 @pytest.mark.parametrize("name", MAIN)
-def test_a_compiler_sees_the_plain_model(name):
+def test_a_compiler_sees_the_calls_of_the_plain_model(name):
+    given, _ = inputs(name, padding("right"))
+    calls = []
+    for model in both(name, torch.float32)[:2]:
+        found = collections.Counter()
+
+        def backend(graph, _, found=found):
+            found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return graph.forward
+
+        torch._dynamo.reset()
+        ids, mask = given["input_ids"], given["attention_mask"]
+        torch.compile(model, fullgraph=True, backend=backend)(ids, attention_mask=mask, use_cache=False)
+        calls.append(found)
+    plain, accelerated = calls
+    assert len(plain) > 10
+    assert not plain - accelerated
+    assert not [call for call in accelerated - plain if "broadcast_shapes" not in call and "getattr" not in call]
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_compiled_it_gives_the_same(name):
     plain, model, _ = both(name, torch.float32, **no_dropout(name))
     given, tokens = inputs(name, padding("right"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
