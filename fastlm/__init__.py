@@ -29,6 +29,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """`fastlm.models` and the like without an import of their own, loaded when first asked for."""
-    if name in ("data", "generation", "models", "nn", "train"):
+    if name in ("data", "generation", "models", "nn", "train", "transformers"):
         return importlib.import_module(f"fastlm.{name}")
     raise AttributeError(f"module 'fastlm' has no attribute {name!r}")
