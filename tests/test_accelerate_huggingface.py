@@ -828,6 +828,19 @@ def test_packed_sequences_do_not_see_each_other(kind):
         torch.testing.assert_close(packed[:, start : start + row.shape[1]], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_packed_sequences_of_gpt2_do_not_see_each_other():
+    _, model, _ = both("GPT2LMHeadModel")
+    ids, starts = inputs("")[0]["input_ids"][:1], torch.tensor([0, 9, T], dtype=torch.int32)
+    positions = torch.cat((torch.arange(9), torch.arange(T - 9)))[None]
+    given = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    packed = model(ids, position_ids=positions, use_cache=False, **given).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(F, "scaled_dot_product_attention")  # the packed way is the one that is taken
+        assert torch.equal(model(ids, position_ids=positions, use_cache=False, **given).logits, packed)
+    alone = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :9], ids[:, 9:])], 1)
+    torch.testing.assert_close(packed, alone, **EXACT)
+
+
 def test_register_sdpa_makes_the_name_known_to_transformers(monkeypatch):
     monkeypatch.setattr(fastlm, "transformers", ours)  # this and the next are for what comes after this test
     monkeypatch.setitem(ours.AttentionMaskInterface._global_mapping, "fastlm", ours.mask)
@@ -887,7 +900,12 @@ def test_bloom_adds_alibi_and_mask_in_full_only_where_it_must():
 
 
 @pytest.mark.parametrize(
-    "values", [{"pretraining_tp": 2, "slow_but_exact": True}, {"apply_residual_connection_post_layernorm": True}]
+    "values",
+    [
+        {"pretraining_tp": 2, "slow_but_exact": True},
+        {"apply_residual_connection_post_layernorm": True},
+        {"is_causal": False},
+    ],
 )
 def test_bloom_in_its_other_forms(values):
     plain, model, _ = both("BloomForCausalLM", **values)
