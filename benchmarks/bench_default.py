@@ -77,6 +77,7 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Callable[[Any], Callable[...
 
     x, residual, weight, bias = leaf(4096, 768), leaf(4096, 768), leaf(768), leaf(768)
     q, k, v = (leaf(1, 12, 1024, 64) for _ in range(3))
+    mask = (torch.arange(128) < torch.linspace(30, 128, 8)[:, None])[:, None, None]
     target = torch.randint(50304, (1024,))
     head = (torch.randn(50304, 768) * 0.02).to(dtype).requires_grad_()
     return {
@@ -98,6 +99,14 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Callable[[Any], Callable[...
         "attention B1 H12 T1024 D64 causal": (
             lambda f: lambda *a: f.scaled_dot_product_attention(*a, is_causal=True),
             [q, k, v],
+        ),
+        "attention B96 H8 T16 D64": (
+            lambda f: lambda *a: f.scaled_dot_product_attention(*a),
+            [leaf(96, 8, 16, 64) for _ in range(3)],
+        ),
+        "attention B8 H12 T128 D64 masked": (
+            lambda f: lambda *a: f.scaled_dot_product_attention(*a, attn_mask=mask),
+            [leaf(8, 12, 128, 64) for _ in range(3)],
         ),
     }
 

@@ -28,6 +28,7 @@ from fastlm.ops.registry import FLOATS, Backend, Op
 
 MAX_HEAD = 256  # dimension, of kernels
 MAX_HEAD_CUDA = 128
+FEW_QUERIES = 48  # in fp32 on a CPU torch's own op is as fast as ours below it, and with a mask (bench_default.py)
 CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -498,11 +499,15 @@ def _first(op: str, inputs: ScaledDotProductAttentionInputs | VarlenAttentionInp
         return "cpu"
     if getattr(inputs, "key_lengths", None) is not None:
         return fastest(f"{op} with key_lengths", inputs.key)
-    return fastest(op, inputs.query) if packed else _fastest(op, inputs.query, inputs.key)
+    return fastest(op, inputs.query) if packed else _fastest(op, inputs.query, inputs.key, mask is not None)
 
 
-def _fastest(op: str, query: Tensor, key: Tensor) -> str:
-    return fastest(f"{op} of one query", key) if query.shape[-2] == 1 else fastest(op, query)
+def _fastest(op: str, query: Tensor, key: Tensor, masked: bool = False) -> str:
+    if query.shape[-2] == 1:
+        return fastest(f"{op} of one query", key)
+    if query.is_cpu and query.dtype == torch.float32 and (masked or query.shape[-2] < FEW_QUERIES):
+        return ""
+    return fastest(op, query)
 
 
 def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:
