@@ -69,8 +69,8 @@ def models() -> dict[str, tuple[nn.Module, Callable[[torch.dtype], dict[str, Any
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(**shape))
     return known | {
         "GPT-2 4x768, B 2, T 256": (gpt2, tokens(2, 256, 50257)),
-        "BERT 4x768, B 8, T 128": (bert, tokens(8, 128, 30522)),
-        "BERT 4x768, B 8, T 128, 44% padding": (bert, tokens(8, 128, 30522, padded=True)),
+        "BERT 4x768, B 4, T 128": (bert, tokens(4, 128, 30522)),
+        "BERT 4x768, B 4, T 128, 44% padding": (bert, tokens(4, 128, 30522, padded=True)),
         "BLOOM 4x768, B 2, T 256": (bloom, tokens(2, 256, 50304)),
     }
 
