@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,10 @@ from fastlm import functional as F
 from fastlm import nn
 from fastlm.accelerate import Change, Report
 from fastlm.models.bert import Packing
+from fastlm.ops.compiled import CPU
 from fastlm.ops.cross_entropy.op import CROSS_ENTROPY, CrossEntropyInputs
+from fastlm.ops.measured import fastest
+from fastlm.ops.registry import preference
 
 NAME = "fastlm"
 FAMILIES = (gpt2.GPT2PreTrainedModel, bert.BertPreTrainedModel, bloom.BloomPreTrainedModel)
@@ -472,6 +476,10 @@ def _causal(mask: Tensor) -> Tensor | None:
 
 # Losses -------------------------------------------------------------------------------------------------------------
 
+# Logits on a CPU from which on a compiler, too, is given FastLM's loss, as one operator: in one graph with the last
+# layer, where transformers' own never is, the loss would be slower than apart from it.
+OPAQUE = 2**20 if fastest("cross_entropy", torch.empty(()).expand(2**30)) == "cpu" and not CPU.missing() else math.inf
+
 
 def causal_lm_loss(
     logits: Tensor,
@@ -491,12 +499,19 @@ def causal_lm_loss(
         num_items_in_batch: the sum is divided by it, instead of by the number of labels.
         ignore_index: a label that is none.
     """
-    if torch.compiler.is_compiling() or logits.dtype == torch.float64:
+    compiling = torch.compiler.is_compiling()
+    opaque = compiling and logits.is_cpu and logits.numel() >= OPAQUE and preference() == ("auto",)
+    if logits.dtype == torch.float64 or (compiling and not opaque):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target, reduction = shift_labels.reshape(-1).to(logits.device), "mean" if num_items_in_batch is None else "sum"
-    loss = _fp32_cross_entropy(logits.view(-1, vocab_size), target, ignore_index, reduction)
+    logits_NV = logits.view(-1, vocab_size)
+    if opaque:
+        inputs = CrossEntropyInputs(logits_NV.float(), target, None, ignore_index, reduction, 0.0, 0.0, 0.0, False)
+        loss = CROSS_ENTROPY.result(CROSS_ENTROPY.fwd(*inputs, "cpu"), inputs)
+    else:
+        loss = _fp32_cross_entropy(logits_NV, target, ignore_index, reduction)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -547,6 +547,30 @@ def test_compiled_it_gives_the_same(name):
     assert_same({k: p.grad for k, p in model.named_parameters()}, gradients(plain, two, tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(ours.OPAQUE > 2**20, reason="no measurement says that the kernel is faster here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_the_loss_of_many_logits_is_one_operator(dtype):
+    plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | {"vocab_size": 30000})).to(dtype).eval()
+    model, operators = copy.deepcopy(plain), []
+    fastlm.accelerate(model)
+
+    def backend(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    ids = torch.arange(40)[None]
+    one, two = torch.compile(model, fullgraph=True, backend=backend)(ids, labels=ids), plain(ids, labels=ids)
+    assert "fastlm.cross_entropy_fwd.default" in operators
+    torch.testing.assert_close(one.loss, two.loss)
+    one.loss.backward(), two.loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+    with fastlm.use_backend("reference"):
+        torch.compile(model, fullgraph=True, backend=backend)(ids, labels=ids)
+    assert operators.count("fastlm.cross_entropy_fwd.default") == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["GPT2Model", "BertModel", "BloomModel"])
 def test_tracing_and_exporting_work_as_they_did(name):
     _, model, _ = both(name, torch.float32, use_cache=False, return_dict=False)
