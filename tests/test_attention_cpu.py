@@ -251,3 +251,20 @@ print(-(run(1000) - run(100000)))
 def test_memory_does_not_grow_with_the_square_of_the_sequence():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200_000  # KB, where 100,000^2 scores would be 40 GB
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="measured with AVX-512")
+@pytest.mark.parametrize(
+    ("dtype", "queries", "masked", "backend"),
+    [
+        (torch.float32, 47, False, "native"),
+        (torch.float32, 48, False, "cpu"),
+        (torch.float32, 256, True, "native"),
+        (torch.bfloat16, 16, False, "cpu"),
+        (torch.bfloat16, 16, True, "cpu"),
+    ],
+)
+def test_few_queries_and_masks_in_fp32_are_left_to_torch(dtype, queries, masked, backend):
+    q = torch.empty(32, 8, queries, 64, dtype=dtype)
+    mask = torch.ones(1, queries, dtype=torch.bool) if masked else None
+    assert fastlm.explain(F.scaled_dot_product_attention, q, q, q, mask).backend == backend
