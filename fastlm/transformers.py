@@ -501,6 +501,7 @@ def causal_lm_loss(
     """
     compiling = torch.compiler.is_compiling()
     opaque = compiling and logits.is_cpu and logits.numel() >= OPAQUE and preference() == ("auto",)
+    opaque = opaque and logits.dtype == torch.float32  # of 16 bits they would be copied for it
     if logits.dtype == torch.float64 or (compiling and not opaque):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:

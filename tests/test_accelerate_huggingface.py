@@ -548,7 +548,7 @@ def test_compiled_it_gives_the_same(name):
 
 
 @pytest.mark.skipif(ours.OPAQUE > 2**20, reason="no measurement says that the kernel is faster here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32])
 def test_compiled_the_loss_of_many_logits_is_one_operator(dtype):
     plain = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | {"vocab_size": 30000})).to(dtype).eval()
     model, operators = copy.deepcopy(plain), []
