@@ -24,8 +24,8 @@ template <typename T, typename F>
 __device__ void for_columns(const T* row, int cols, bool vectors, const F& body) {
   constexpr int kWidth = kVector<T, T>;
   const int lane = threadIdx.x, lanes = blockDim.x;
-  const int beyond = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kWidth);
-  int head = vectors ? (kWidth - beyond) % kWidth : cols;
+  const uintptr_t to_aligned = -reinterpret_cast<uintptr_t>(row) % kMaxAccess;  // bytes
+  int head = vectors ? static_cast<int>(to_aligned / sizeof(T)) : cols;
   head = head < cols ? head : cols;
   for (int column = lane; column < head; column += lanes) body(Width<1>{}, column);
   const int tail = cols - (cols - head) % kWidth;
