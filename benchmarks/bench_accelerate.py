@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from bench_layer_norm import NAMES
-from harness import Comparison, compare, write_results
 from torch import Tensor, nn
 
 import fastlm
+from fastlm.bench.harness import Comparison, compare, write_results
 
 LEAST = 0.97
 PLAIN, OURS = "plain", "accelerated"

@@ -24,13 +24,13 @@ import harness
 import torch
 import torch.nn.functional as plain
 from bench_layer_norm import NAMES
-from harness import Comparison, compare, write_results
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 import fastlm.functional as F
+from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.ops.registry import OPS
 
 DENSE, VARLEN = "scaled_dot_product_attention", "varlen_attention"

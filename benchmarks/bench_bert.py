@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from bench_layer_norm import NAMES
-from harness import Comparison, compare, write_results
 from torch import Tensor
 
+from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.models import BERTForSequenceClassification
 
 THEIRS, OURS = "transformers", "FastLM"

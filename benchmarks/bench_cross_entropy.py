@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as plain
 from bench_layer_norm import COMPILED, EAGER, NAMES, backends
-from harness import Comparison, compare, write_results
 from torch import Tensor
 
 import fastlm
 import fastlm.functional as F
+from fastlm.bench.harness import Comparison, compare, write_results
 
 CHUNKED, IN_PLACE = "torch chunked", "in place"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,10 +14,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as plain
-from harness import Comparison, compare, write_results
 from torch import Tensor
 
 import fastlm.functional as F
+from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.models import gpt
 
 LEAST = 0.97

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 from bench_layer_norm import NAMES
-from harness import Comparison, compare, read_bandwidth, write_results
 
+from fastlm.bench.harness import Comparison, compare, read_bandwidth, write_results
 from fastlm.models import GPT
 
 THEIRS, OURS, INT8 = "transformers", "FastLM", "FastLM, int8"

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as plain
-from harness import Comparison, compare, copy_bandwidth, write_results
 from torch import Tensor
 
 import fastlm
 import fastlm.functional as F
+from fastlm.bench.harness import Comparison, compare, copy_bandwidth, write_results
 from fastlm.ops.registry import OPS
 
 EAGER, COMPILED = "eager", "compile"

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as plain
-from harness import Comparison, compare, write_results
 from torch import Tensor
 
 import fastlm
 import fastlm.functional as F
+from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.ops.registry import OPS
 
 TORCH, AUTO = "torch", "FastLM auto"

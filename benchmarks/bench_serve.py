@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Comparison, compare, write_results
 
+from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.config import read_toml
 from fastlm.data import encode_texts
 from fastlm.data.tokenizer import train_tokenizer

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from bench_default import PLAIN
 from bench_layer_norm import NAMES
-from harness import RESULTS, Comparison, compare, write_results
 from torch import nn
 
 from fastlm import data
+from fastlm.bench.harness import RESULTS, Comparison, compare, write_results
 from fastlm.models import GPT, BERTForMaskedLM, GPTConfig, bert, gpt
 from fastlm.train import TrainConfig, Trainer
 from fastlm.train.memory import kept_memory

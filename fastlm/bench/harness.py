@@ -21,7 +21,7 @@ import torch
 
 import fastlm
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("benchmarks/results")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def write_results(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     sides = list(dict.fromkeys(side for comparison in comparisons for side in comparison.times))
     heads = ["case", *(f"{side}, {comparisons[0].unit}" for side in sides), *(head for head, _ in columns), ratio_name]
     lines = [f"# {title}", "", *(f"- {line}" for line in _circumstances()), ""]
@@ -188,7 +188,9 @@ def _resident(name: str) -> int:
 def _circumstances() -> list[str]:
     """Processor, versions, commit and command: what a figure means nothing without."""
     processor = fastlm.info().processor
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return [
         ", ".join([processor["name"], f"{torch.get_num_threads()} threads", processor["torch uses"], *gpu]),

@@ -1,0 +1,1 @@
+"""Measuring the operators: what is measured, how, and how it is shown."""
