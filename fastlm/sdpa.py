@@ -27,7 +27,7 @@ from fastlm.ops.attention.op import (
     VARLEN_ATTENTION,
     ScaledDotProductAttentionInputs,
     VarlenAttentionInputs,
-    _fastest,
+    native_is_fastest,
 )
 from fastlm.ops.registry import Backend, Op, preference
 
@@ -109,8 +109,8 @@ class Registration:
 
 def _backend(op: Op, inputs: Inputs) -> Backend | None:
     """The backend that runs, as `use_backend` and measurements have it; None for torch's own kernel."""
-    first = op.backends.get(op.measured(inputs))
-    if first is not None and first.unfit(inputs):
+    first = op.backends.get(next(iter(op.measured(inputs)), ""))
+    if first is not None and (first.fwd is None or first.unfit(inputs)):
         first = None
     # Backward has another thread's preference. With dropout it must take forward's side all the same, for torch's mask
     # is not ours: so what decides between the two sides is what both passes are given.
@@ -408,7 +408,7 @@ def _cpu_backend(
 ) -> tuple[Backend, ScaledDotProductAttentionInputs] | None:
     if dropout_p or query.dim() != 4 or not query.numel():
         return None
-    if preference() == ("auto",) and not _fastest("scaled_dot_product_attention", query, key):
+    if attn_mask is None and preference() == ("auto",) and native_is_fastest(query, key, is_causal, dropout_p):
         return None  # as `_backend` would say, only sooner
     if not _alike(query, key, value, 4):
         return None

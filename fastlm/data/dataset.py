@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastlm import cache
+
 from .clean import Cleaner
 from .corpus import Corpus, Document, Strings, read_corpus
 from .split import Ranges, Spool, rows, split
@@ -168,7 +170,7 @@ def prepare(
         "split_seed": split_seed,
     }
     tell = progress or (lambda line: None)
-    parent = _cache_folder() / "data"
+    parent = cache.folder() / "data"
     with ExitStack() as stack:
         stack.enter_context(_naming(parent, corpus))
         spooled = None
@@ -580,12 +582,6 @@ def _remove_stale(parent: Path, own: Path) -> None:
         with suppress(FileNotFoundError):
             if stale != own and time.time() - stale.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(stale, ignore_errors=True)
-
-
-def _cache_folder() -> Path:
-    if named := os.environ.get("FASTLM_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
 def _identity(tokenizer: str | Path) -> dict[str, str]:

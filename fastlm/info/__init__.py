@@ -73,17 +73,24 @@ def info() -> Info:
     return Info(_versions(), _processor(), _gpu(), _build(), ops)
 
 
-def _versions() -> dict[str, str]:
+def version_of(package: str) -> str:
     try:
-        triton = importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        triton = "not installed"
+        return "not installed"
+
+
+def processor_name() -> str:
+    return _processor()["name"]
+
+
+def _versions() -> dict[str, str]:
     return {
         "fastlm": fastlm.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "triton": triton,
+        "triton": version_of("triton"),
     }
 
 

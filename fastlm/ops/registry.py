@@ -13,11 +13,12 @@ the choice.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import operator
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from fastlm.ops.checks import TENSORS
-from fastlm.ops.measured import fastest
+from fastlm.ops.measured import Sizes, entries, fastest, tuned
 
 KNOWN_NAMES = ("auto", "cuda", "triton", "cpu", "native", "reference")
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -102,7 +103,9 @@ class Op:
         composite: the same function of the same inputs in plain differentiable torch operations: what a compiler
             decomposes to, and what function transforms and gradients that `bwd` lacks run through.
         auto: backends in the order in which "auto" tries them.
+        sizes: from the inputs, what it depends on which backend is the fastest: numbers, and names of options.
         measured: the backend that a measurement puts first for such inputs, "" for none; else measured.json says it.
+            The user's own measurement (`fastlm tune`) comes before it.
         fusable: under `torch.compile`, "auto" decomposes so that the op can be fused with its neighbours.
         result: the public result, from the outputs of `fwd` and the inputs.
         draws: the last two inputs are `dropout_p` and `rng_state`, which is drawn when one of our implementations runs.
@@ -129,6 +132,7 @@ class Op:
         auto: tuple[str, ...],
         fusable: bool,
         result: Callable[[tuple[Tensor, ...], Any], Any],
+        sizes: Callable[[Any], Sizes],
         draws: bool = False,
         measured: Callable[[Any], str] | None = None,
         beyond_bwd: Callable[[Any], list[str]] = _none,
@@ -139,7 +143,7 @@ class Op:
     ) -> None:
         self.name, self.auto, self.fusable = name, auto, fusable
         self.inputs, self.draws, self.one_gradient = inputs, draws, one_gradient
-        self._measured = measured
+        self.sizes, self._measured = sizes, measured
         self.composite = self._seeded(composite)
         self.result, self.beyond_bwd, self.stand_ins = result, beyond_bwd, stand_ins or {}
         self.key, self.in_place = key, in_place
@@ -161,7 +165,7 @@ class Op:
             return self._choose_for_compiler(inputs, names)
         plain = self._beyond_op(inputs)
         key = None
-        if self.key is not None and not plain and not _state.explaining:
+        if self.key is not None and not plain and _state.asked is None:
             key = (names, self.measured(inputs), self.key(inputs))
             if (known := self._chosen.get(key)) is not None:
                 return known
@@ -173,8 +177,8 @@ class Op:
                 chosen = name
                 break
             rejected[name] = reasons
-        if _state.explaining:
-            raise _Explained(Explanation(self, inputs, names, chosen, rejected, plain))
+        if _state.asked is not None:
+            _state.asked(Choice(self, inputs, names, chosen, rejected, plain))
         if chosen is None:
             raise BackendError(self._complaint(inputs, names, rejected))
         if key is not None:
@@ -191,7 +195,7 @@ class Op:
         return (
             preference() == ("auto",)
             and self.auto[0] == "native"
-            and not _state.explaining
+            and _state.asked is None
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
@@ -202,15 +206,21 @@ class Op:
             return self._auto(inputs)
         return [each for name in names for each in (self._auto(inputs) if name == "auto" else (name,))]
 
-    def measured(self, inputs: Any) -> str:
+    def measured(self, inputs: Any) -> tuple[str, ...]:
+        """The backends that measurements put first, the user's own and FastLM's."""
+        # A compiler cannot trace the tables, and need not: an opaque op chooses when it runs.
+        compiling = torch.compiler.is_compiling()
         if self._measured is not None:
-            return self._measured(inputs)
-        # A compiler cannot trace the table, and need not: an opaque op chooses when it runs.
-        return "" if torch.compiler.is_compiling() else fastest(self.name, inputs[0])
+            ours = self._measured(inputs)
+        else:
+            ours = "" if compiling else fastest(self.name, inputs[0])
+        if not compiling and entries() and (users := tuned(self.name, inputs[0], self.sizes(inputs))):
+            return (users, ours) if ours and ours != users else (users,)
+        return (ours,) if ours else ()
 
     def _auto(self, inputs: Any) -> tuple[str, ...]:
         first = self.measured(inputs)
-        return (first, *(name for name in self.auto if name != first)) if first else self.auto
+        return (*first, *(name for name in self.auto if name not in first)) if first else self.auto
 
     def _candidate(self, name: str, inputs: Any, plain: list[str]) -> tuple[list[str], Any]:
         backend = self.backends.get(name)
@@ -479,7 +489,7 @@ def _parse(names: str) -> tuple[str, ...]:
 
 class _State(threading.local):
     names: tuple[str, ...] | None = None  # set by `with use_backend(...)` and by its decorator, per thread
-    explaining = False
+    asked: Callable[[Choice], None] | None = None  # is told of every choice
 
 
 _state = _State()
@@ -562,29 +572,37 @@ def _publish() -> None:
 # Explaining -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One call's: what was asked for, the backend that was chosen (None if nothing fits), and what was rejected.
+
+    `plain` is why only plain torch operations would do, if so.
+    """
+
+    op: Op
+    inputs: Any
+    names: tuple[str, ...]
+    chosen: str | None
+    rejected: dict[str, list[str]]
+    plain: list[str]
+
+
 class _Explained(Exception):
-    def __init__(self, explanation: Explanation) -> None:
-        self.explanation = explanation
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
 
 
 class Explanation:
     """What `explain` found; `str()` of it is a report. `backend` is the choice, None if nothing fits."""
 
-    def __init__(
-        self,
-        op: Op,
-        inputs: Any,
-        names: tuple[str, ...],
-        chosen: str | None,
-        rejected: dict[str, list[str]],
-        plain: list[str],
-    ) -> None:
-        self.op, self.backend, self.preference = op.name, chosen, names
+    def __init__(self, choice: Choice) -> None:
+        op, inputs, chosen, rejected = choice.op, choice.inputs, choice.chosen, choice.rejected
+        self.op, self.backend, self.preference = op.name, chosen, choice.names
         self.inputs = describe(inputs)
         self.reasons = dict(rejected)
         for name in op.backends:
             if name != chosen and name not in rejected:
-                reasons, _ = op._candidate(name, inputs, plain)
+                reasons, _ = op._candidate(name, inputs, choice.plain)
                 self.reasons[name] = reasons or [
                     "can serve, ranked after the choice" if name in op.auto else "can serve when named"
                 ]
@@ -610,14 +628,26 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises:
         TypeError: `function` does not dispatch. Whatever the function raises for bad arguments.
     """
-    _state.explaining = True
-    try:
-        function(*args, **kwargs)
-    except _Explained as found:
-        return found.explanation
-    finally:
-        _state.explaining = False
+    with asked(_raise):
+        try:
+            function(*args, **kwargs)
+        except _Explained as found:
+            return Explanation(found.choice)
     raise TypeError(f"explain: expected a function of fastlm.functional that has backends, got {function!r}")
+
+
+def _raise(choice: Choice) -> None:
+    raise _Explained(choice)
+
+
+@contextlib.contextmanager
+def asked(tell: Callable[[Choice], None]) -> Iterator[None]:
+    """In this thread every call of an op in eager mode tells which backend it has chosen, before it runs."""
+    outer, _state.asked = _state.asked, tell
+    try:
+        yield
+    finally:
+        _state.asked = outer
 
 
 def describe(inputs: Any) -> list[str]:

@@ -23,7 +23,7 @@ from fastlm.ops.checks import (
     check_tensor,
 )
 from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
-from fastlm.ops.measured import fastest
+from fastlm.ops.measured import Sizes, entries, fastest, tuned
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 MAX_HEAD = 256  # dimension, of kernels
@@ -125,7 +125,8 @@ def scaled_dot_product_attention(
     ):
         left = right = -1
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        if query.is_cpu and SCALED_DOT_PRODUCT_ATTENTION.auto_alone() and not _fastest(op, query, key):
+        auto = query.is_cpu and SCALED_DOT_PRODUCT_ATTENTION.auto_alone()
+        if auto and native_is_fastest(query, key, is_causal, dropout_p):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, None, dropout_p, is_causal, scale=scale
             )
@@ -510,6 +511,41 @@ def _fastest(op: str, query: Tensor, key: Tensor, masked: bool = False) -> str:
     return fastest(op, query)
 
 
+def native_is_fastest(query: Tensor, key: Tensor, is_causal: bool, dropout_p: float) -> bool:
+    """Whether "auto" takes torch's op for (B, H, T, D) tensors on a CPU without further options."""
+    op = "scaled_dot_product_attention"
+    if entries() and (users := tuned(op, query, _sizes_of(query, key, is_causal, dropout_p))):
+        return users == "native"
+    return not _fastest(op, query, key)
+
+
+def _sizes_of(query: Tensor, key: Tensor, is_causal: bool, dropout_p: float, *options: str) -> Sizes:
+    B, H, T, D = query.shape
+    return B * H, T, key.shape[2], D, "causal" if is_causal else "", "dropout" if dropout_p else "", *options
+
+
+def _sizes(inputs: ScaledDotProductAttentionInputs) -> Sizes:
+    mask = inputs.attn_mask
+    given = (*_options(inputs), *_where(masked=mask is not None, cached=inputs.key_lengths is not None))
+    return _sizes_of(inputs.query, inputs.key, inputs.is_causal, inputs.dropout_p, *given)
+
+
+def _packed_sizes(inputs: VarlenAttentionInputs) -> Sizes:
+    total, H, D = inputs.query.shape
+    given = (*_options(inputs), *_where(causal=inputs.is_causal, dropout=bool(inputs.dropout_p)))
+    return total, H, inputs.max_seqlen_q, inputs.max_seqlen_k, D, *given
+
+
+def _options(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> tuple[str, ...]:
+    window = inputs.window_left >= 0 or inputs.window_right >= 0
+    alibi, softcap = inputs.alibi_slopes is not None, bool(inputs.softcap)
+    return _where(window=window, alibi=alibi, softcap=softcap, lse=inputs.return_lse)
+
+
+def _where(**given: bool) -> tuple[str, ...]:
+    return tuple([name for name, present in given.items() if present])
+
+
 def _suits_cuda(inputs: ScaledDotProductAttentionInputs | VarlenAttentionInputs) -> bool:
     """Whether the CUDA kernels come before Triton's: on GPUs whose tensor cores have only the instructions that both
     use, of which there the CUDA kernels need fewer (benchmarks/results/attention.md)."""
@@ -555,6 +591,7 @@ SCALED_DOT_PRODUCT_ATTENTION = Op(
     fusable=False,
     draws=True,
     beyond_bwd=_beyond_bwd,
+    sizes=_sizes,
     measured=functools.partial(_first, "scaled_dot_product_attention"),
     key=_key,
 )
@@ -577,6 +614,7 @@ VARLEN_ATTENTION = Op(
     fusable=False,
     draws=True,
     beyond_bwd=_beyond_bwd,
+    sizes=_packed_sizes,
     measured=functools.partial(_first, "varlen_attention"),
 )
 

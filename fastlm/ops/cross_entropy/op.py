@@ -21,7 +21,7 @@ from fastlm.ops.checks import (
 )
 from fastlm.ops.compiled import CPU, CUDA, Launchers, cuda_missing, triton_devices, triton_missing
 from fastlm.ops.cross_entropy import kernels, launch, reference
-from fastlm.ops.measured import fastest
+from fastlm.ops.measured import Sizes, fastest
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 
@@ -396,6 +396,21 @@ def _gpu_first() -> str:
     return "triton" if cuda_missing() else "cuda"
 
 
+def _sizes(inputs: CrossEntropyInputs) -> Sizes:
+    x, dim = inputs.input, 1 if inputs.input.dim() > 1 else 0
+    classes = x.shape[dim]
+    apart = "classes apart" if x.stride(dim) != 1 else ""
+    probabilities = "probabilities" if inputs.target.is_floating_point() else ""
+    return x.numel() // max(1, classes), classes, apart, probabilities, "in place" if inputs.inplace_backward else ""
+
+
+def _linear_sizes(inputs: LinearCrossEntropyInputs) -> Sizes:
+    classes, features = inputs.linear_weight.shape
+    probabilities = "probabilities" if inputs.target.is_floating_point() else ""
+    rows = inputs.input.numel() // max(1, features)
+    return rows, features, classes, probabilities, "recompute" if inputs.recompute else ""
+
+
 def _key(inputs: CrossEntropyInputs) -> tuple[Any, ...]:
     weight = None if inputs.weight is None else inputs.weight.dtype
     input, target = inputs.input, inputs.target
@@ -415,6 +430,7 @@ CROSS_ENTROPY = Op(
     result=_public_loss,
     composite=_composite,
     auto=("native", "reference"),
+    sizes=_sizes,
     measured=_first,
     key=_key,
     fusable=True,
@@ -450,6 +466,7 @@ LINEAR_CROSS_ENTROPY = Op(
     result=_public_loss,
     composite=_linear_composite,
     auto=("reference", "native"),  # torch's holds the logits in full
+    sizes=_linear_sizes,
     measured=_linear_first,
     fusable=False,
     beyond_bwd=_beyond_bwd,

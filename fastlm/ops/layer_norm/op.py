@@ -6,6 +6,7 @@ Statistics are kept for backward in one fp32 tensor (fp64 for fp64): (2, rows) m
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fastlm.ops import rows
 from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor, fits
 from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
 from fastlm.ops.layer_norm import launch, reference
-from fastlm.ops.measured import fastest
+from fastlm.ops.measured import Sizes, entries, fastest, tuned
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 Shape = Sequence[int]
@@ -156,7 +157,7 @@ def add_layer_norm(
         and input.is_cpu
         and input.dtype == residual.dtype
         and ADD_LAYER_NORM.auto_alone()
-        and not fastest("add_layer_norm", input)
+        and _native_is_fastest(input, normalized_shape)
         and fits(input, normalized_shape, weight, bias)
     ):
         new_residual = residual + input
@@ -299,6 +300,22 @@ def _one_gradient(bwd: dict[str, Any]) -> bool:
     return bwd["input_dtype"] == bwd["new_residual"].dtype and bwd["rng_state"] is None
 
 
+def _native_is_fastest(input: Tensor, normalized_shape: Sequence[int]) -> bool:
+    """Whether "auto" takes torch's operations for add_layer_norm without dropout."""
+    if entries() and (users := tuned("add_layer_norm", input, _sizes_of(input, normalized_shape))):
+        return users == "native"
+    return not fastest("add_layer_norm", input)
+
+
+def _sizes_of(input: Tensor, normalized_shape: Sequence[int], dropout_p: float = 0.0) -> Sizes:
+    columns = math.prod(normalized_shape)
+    return input.numel() // max(1, columns), columns, "dropout" if dropout_p else ""
+
+
+def _sizes(inputs: Any) -> Sizes:
+    return _sizes_of(inputs.input, inputs.normalized_shape, getattr(inputs, "dropout_p", 0.0))
+
+
 def _key(inputs: Any) -> tuple[Any, ...]:
     """The device and all dtypes: what `reasons` look at."""
     input = inputs[0]
@@ -318,6 +335,7 @@ LAYER_NORM = Op(
     auto=("native", "reference"),
     fusable=True,
     key=_key,
+    sizes=_sizes,
 )
 
 RMS_NORM = Op(
@@ -333,6 +351,7 @@ RMS_NORM = Op(
     auto=("native", "reference"),
     fusable=True,
     key=_key,
+    sizes=_sizes,
 )
 
 ADD_LAYER_NORM = Op(
@@ -354,6 +373,7 @@ ADD_LAYER_NORM = Op(
     auto=("native", "reference"),
     fusable=True,
     key=_key,
+    sizes=_sizes,
     draws=True,
     stand_ins={"input": "new_residual", "residual": "new_residual"},
     one_gradient=_one_gradient,
@@ -377,6 +397,7 @@ ADD_RMS_NORM = Op(
     auto=("native", "reference"),
     fusable=True,
     key=_key,
+    sizes=_sizes,
     draws=True,
     stand_ins={"input": "new_residual", "residual": "new_residual"},
     one_gradient=_one_gradient,

@@ -17,7 +17,7 @@ from fastlm.ops import onednn, rows
 from fastlm.ops.checks import TENSORS, autocast_dtype, check_tensor
 from fastlm.ops.compiled import CPU, Launchers
 from fastlm.ops.linear import reference
-from fastlm.ops.measured import fastest
+from fastlm.ops.measured import Sizes, entries, fastest, tuned
 from fastlm.ops.registry import Backend, Op, preference
 
 FEW_ROWS = 12  # of the input, up to which measured.json speaks of the kernel
@@ -61,10 +61,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_
     )
     autocast = torch._C._is_any_autocast_enabled()
     if usual and LINEAR.auto_alone():
-        name = "" if autocast else _fastest(input, weight)
-        if not name:
+        users = "" if autocast or not entries() else tuned("linear", input, _sizes_of(input, weight))
+        name = "" if autocast or users else _fastest(input, weight)
+        if users == "native" or not (users or name):
             return torch.nn.functional.linear(input, weight, bias)
-        if (bias is None or bias.shape == weight.shape[:1]) and not (name == "cpu" and CPU.missing()):
+        if name and (bias is None or bias.shape == weight.shape[:1]) and not (name == "cpu" and CPU.missing()):
             return LINEAR.calls[name](input, weight, bias, None)
     if not usual:
         _check(input, weight, bias, weight_scale, autocast)
@@ -172,6 +173,17 @@ def _few_rows(input: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _sizes_of(input: Tensor, weight: Tensor, *options: str) -> Sizes:
+    outputs, features = weight.shape if weight.dim() == 2 else (1, weight.numel())
+    return input.numel() // max(1, features), features, outputs, *options
+
+
+def _sizes(inputs: LinearInputs) -> Sizes:
+    autocast = torch._C._is_any_autocast_enabled()  # under which torch keeps the weights that it has cast
+    options = [name for name, given in (("int8", inputs.weight_scale is not None), ("autocast", autocast)) if given]
+    return _sizes_of(inputs.input, inputs.weight, *options)
+
+
 def _key(inputs: LinearInputs) -> tuple[Any, ...]:
     input = inputs.input
     return (input.device, input.dtype, inputs.weight_scale is None, *_cpu_reasons(inputs))
@@ -188,6 +200,7 @@ LINEAR = Op(
     auto=("native", "cpu", "reference"),
     fusable=True,
     result=lambda output, inputs: output,
+    sizes=_sizes,
     measured=_measured,
     beyond_bwd=lambda inputs: (
         ["gives no gradient of weight_scale"]
