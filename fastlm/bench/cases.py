@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlm.functional as F
 from fastlm.config import nearest
 
-__all__ = ["DEVICE_DTYPES", "DTYPES", "STANDARD", "Case", "Problem", "dtypes_of", "parse", "standard"]
+__all__ = ["DEVICE_DTYPES", "DTYPES", "NAMES", "STANDARD", "Case", "Problem", "dtypes_of", "parse", "standard"]
 
 ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
 NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
@@ -48,8 +48,11 @@ OPTIONS: dict[str, tuple[float, tuple[str, ...]]] = {
     "in_place": (1, ("cross_entropy",)),  # inplace_backward
     "forward": (1, tuple(SIZES)),  # no backward
 }
+# In tables and on the command line.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DEVICE_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp16", "fp32")}
+DTYPE_LAG = 6
 # Type of device -> its standard cases, the most important first; small ones too, where a call costs more than its work.
 STANDARD: dict[str, tuple[str, ...]] = {
     "cpu": (
@@ -196,8 +199,7 @@ class Case:
         return next((short for short, op in SHORT.items() if op == self.op), self.op)
 
     def __str__(self) -> str:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return " ".join([self._short, _by(self.sizes), *self.options, dtype])
+        return " ".join([self._short, _by(self.sizes), *self.options, NAMES[self.dtype]])
 
     def build(self, device: torch.device | str = "cpu", seed: int = 0) -> Problem:
         """Its tensors and functions. The same seed gives the same tensors on the same type of device."""
@@ -216,7 +218,8 @@ class Problem:
         plain: what one writes in PyTorch; where it has no such function, a composition of its functions.
         reference: the same of float64 inputs.
         bytes: what must be read and written at least.
-        flops: of the products of matrices, of those elements that count.
+        flops: of the products of matrices those of elements that count; of other arithmetic about.
+        fixed: what else the functions go by, under the names of FastLM's arguments.
         overwrites: `ours` may write into its inputs.
     """
 
@@ -226,7 +229,8 @@ class Problem:
     plain: Callable[..., Any]
     reference: Callable[..., Any]
     bytes: int
-    flops: int = 0
+    flops: int
+    fixed: dict[str, Any] = field(default_factory=dict)
     overwrites: bool = False
     _upstream: list[Tensor] = field(default_factory=list)
 
@@ -279,10 +283,12 @@ def dtypes_of(device: torch.device | str) -> tuple[torch.dtype, ...]:
 
 
 def standard(device: torch.device | str, dtypes: Sequence[torch.dtype] | None = None) -> list[Case]:
-    """The standard cases of a device in all dtypes, by importance."""
+    """The standard cases of a device in all dtypes, by importance: each dtype lags a little behind the one before."""
     device = torch.device(device)
     dtypes = dtypes_of(device) if dtypes is None else dtypes
-    return [case for text in STANDARD[device.type] for case in parse(text, device, dtypes)]
+    texts = STANDARD[device.type]
+    order = sorted((rank + DTYPE_LAG * n, n, rank) for rank in range(len(texts)) for n in range(len(dtypes)))
+    return [case for _, n, rank in order for case in parse(texts[rank], device, [dtypes[n]])]
 
 
 def parse(text: str, device: torch.device | str = "cpu", dtypes: Sequence[torch.dtype] | None = None) -> list[Case]:
@@ -373,6 +379,7 @@ def _norm(case: Case, make: _Maker) -> Problem:
         bound(torchs, **options),
         bound(torchs),
         passes * inputs[0].nbytes,
+        rows * columns * (added + (4 if name == "rms_norm" else 7) + (added + 10) * case.backward),
     )
 
 
@@ -389,7 +396,8 @@ def _cross_entropy(case: Case, make: _Maker) -> Problem:
         return F.cross_entropy(x.view_as(x), target, inplace_backward=True) if in_place else F.cross_entropy(x, target)
 
     passes = 1 + (1 if in_place else 2) * case.backward
-    return Problem(case, [logits], ours, torchs, torchs, passes * logits.nbytes, overwrites=in_place)
+    flops = logits.numel() * (4 + 3 * case.backward)
+    return Problem(case, [logits], ours, torchs, torchs, passes * logits.nbytes, flops, {"target": target}, in_place)
 
 
 def _linear_cross_entropy(case: Case, make: _Maker) -> Problem:
@@ -402,7 +410,11 @@ def _linear_cross_entropy(case: Case, make: _Maker) -> Problem:
 
     flops = 2 * rows * features * classes * (3 if case.backward else 1)
     bytes = (1 + 2 * case.backward) * sum(x.nbytes for x in inputs)
-    return Problem(case, inputs, lambda x, w: F.linear_cross_entropy(x, w, target), torchs, torchs, bytes, flops)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, weight, target)
+
+    return Problem(case, inputs, ours, torchs, torchs, bytes, flops, {"target": target})
 
 
 def _linear(case: Case, make: _Maker) -> Problem:
@@ -525,6 +537,7 @@ def _attention(case: Case, make: _Maker) -> Problem:
         # Forward reads q, k and v and writes the output; backward reads all four and a gradient, and writes three.
         2 * inputs[0].nbytes + kv + (4 * inputs[0].nbytes + 2 * kv) * case.backward,
         (14 if case.backward else 4) * heads * width * scores.pairs(batch),
+        options,
     )
 
 
@@ -568,6 +581,7 @@ def _varlen(case: Case, make: _Maker) -> Problem:
         by_sequence(_Scores.exact),
         moved + 2 * moved * case.backward,
         (14 if case.backward else 4) * heads * width * sum(scores.pairs(1) for scores in each),
+        options | {"cu_seqlens": cu},
     )
 
 

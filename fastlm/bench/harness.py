@@ -22,6 +22,7 @@ import torch
 import fastlm
 
 RESULTS = Path("benchmarks/results")
+LEAST_SECONDS = 2e-3  # of one timing, where `compare` is to choose how often a side runs within it
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Comparison:
         bytes: what must be moved to and from memory, 0 if that says nothing.
         memory: from the name of a side to the bytes it needed at most beyond what was there before; may be empty.
         unit: of the times when they are shown, "ms" or "us".
+        wall: of a GPU, where `times` are its own: the same with what it costs to launch the work.
     """
 
     case: str
@@ -41,6 +43,7 @@ class Comparison:
     bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     unit: str = "ms"
+    wall: dict[str, list[float]] = field(default_factory=dict)
 
     def median(self, side: str) -> float:
         return statistics.median(self.times[side])
@@ -69,44 +72,63 @@ def compare(
     number: int = 1,
     memory: bool = False,
     settle: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Comparison:
     """Runs the sides in turn, in an order that changes each round, after a warm-up: at least `least` rounds.
 
     Args:
-        number: how often a side runs within one timing, for what takes microseconds.
+        number: how often a side runs within one timing, for what takes microseconds; 0 for as often as is needed.
         memory: whether to find out what each side needs at most.
         settle: a side runs once untimed before it is timed, for what it changes for the next.
+        device: on "cuda" the times are the GPU's own, from a cold cache, and `wall` the host's.
     """
     for run in sides.values():
         run()
         run()
+    number = number or max(1, min(1000, round(LEAST_SECONDS / min(seconds_of(run) for run in sides.values()))))
     peaks = {name: _peak_memory(run) for name, run in sides.items()} if memory else {}
+    clock = _Clock() if torch.device(device).type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in sides}
+    wall: dict[str, list[float]] = {name: [] for name in sides} if clock else {}
     order = list(sides)
     end = time.perf_counter() + seconds
     while len(times[order[0]]) < least or time.perf_counter() < end:
         for name in order:
             if settle:
                 sides[name]()
-            times[name].append(_seconds(sides[name], number))
+            if clock:
+                wall[name].append(seconds_of(sides[name], number))
+                times[name].append(clock.seconds_of(sides[name]))
+            else:
+                times[name].append(seconds_of(sides[name], number))
         order = [*order[1:], order[0]]
-    result = Comparison(case, times, bytes, peaks, "ms" if number == 1 else "us")
+    result = Comparison(case, times, bytes, peaks, "ms" if number == 1 else "us", wall)
     print(f"{case:>36}  " + "   ".join(f"{name} {result.cell(name)}" for name in sides), flush=True)
     return result
 
 
-def copy_bandwidth(device: str = "cpu") -> float:
-    """Bytes per second, read and written, of the fastest copy of 64 MiB: what a kernel bound by memory can reach."""
-    source = torch.randn(16 * 2**20, device=device)
+def copy_bandwidth(device: torch.device | str = "cpu") -> float:
+    """Bytes per second, read and written, of the fastest copy of 64 MiB: what a kernel bound by memory can reach.
+
+    On a GPU of 512 MiB, which neither fit into its cache nor take less time than their launch.
+    """
+    source = torch.randn((16 if torch.device(device).type == "cpu" else 128) * 2**20, device=device)
     target = torch.empty_like(source).copy_(source)
-    runs = [_seconds(lambda: target.copy_(source), 1) for _ in range(30)]
+    runs = [seconds_of(lambda: target.copy_(source), 1) for _ in range(30)]
     return 2 * source.nbytes / min(runs)
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """FLOP per second of the fastest of ten products of square matrices: what arithmetic can reach."""
+    size = 2048 if torch.device(device).type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds_of(lambda: a @ b) for _ in range(10))
 
 
 def read_bandwidth() -> float:
     """Bytes per second of sums of 512 MiB on the CPU, their median: what a kernel that reads memory once can reach."""
     source = torch.ones(128 * 2**20)
-    return source.nbytes / statistics.median(_seconds(lambda: source.sum(), 1) for _ in range(30))
+    return source.nbytes / statistics.median(seconds_of(lambda: source.sum(), 1) for _ in range(30))
 
 
 Column = tuple[str, Callable[[Comparison], str]]
@@ -154,13 +176,38 @@ def write_results(
     print(f"wrote {RESULTS / name}.md and .png")
 
 
-def _seconds(run: Callable[[], object], number: int) -> float:
+def seconds_of(run: Callable[[], object], number: int = 1) -> float:
+    """Of one call, in the mean of `number`."""
     start = time.perf_counter()
     for _ in range(number):
         run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / number
+
+
+class _Clock:
+    """Times work on a GPU alone: its first kernel waits until the last has been launched, and finds the cache cold."""
+
+    def __init__(self) -> None:
+        self.filler = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than any cache
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.filled = min(self._between(self.filler.zero_) for _ in range(5))
+
+    def _between(self, run: Callable[[], object]) -> float:
+        self.start.record()
+        run()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+    def seconds_of(self, run: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        run()
+        launching = time.perf_counter() - begin
+        for _ in range(1 + min(100, int(launching / self.filled))):
+            self.filler.zero_()
+        return self._between(run)
 
 
 def _peak_memory(run: Callable[[], object]) -> int:
