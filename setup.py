@@ -19,7 +19,7 @@ from pathlib import Path
 import pybind11
 from ninja.ninja_syntax import Writer
 from setuptools import Distribution, setup
-from setuptools.command.build_py import build_py
+from setuptools.command import build_py, sdist
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -27,6 +27,7 @@ MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 MODE = os.environ.get("FASTLM_BUILD", "")
 OPTIMISE = ["-O3", "-DNDEBUG"] if os.environ.get("DEBUG", "0") in ("", "0") else ["-O0", "-g"]
 CXX_FLAGS = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra") + OPTIMISE
+PYTHON = shlex.join(["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")])
 NVCC_FLAGS = ["-std=c++17", *OPTIMISE, "-Xcompiler=-fPIC,-fvisibility=hidden,-fopenmp,-Wall"]
 X86 = {"avx2": "haswell", "avx512": "skylake-avx512", "avx512_bf16": "cooperlake", "amx": "sapphirerapids"}
 CPU_TARGETS = {"baseline": ""} | {n: f"-march={m}" for n, m in X86.items() if "x86_64" in sysconfig.get_platform()}
@@ -49,15 +50,13 @@ def find_cxx() -> dict:
     cxx = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
     if cxx is None:
         return not_built(f"no C++ compiler on PATH ({', '.join(names)})")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.exists():
-        return not_built(f"{header} not found, a part of Python's development package (python3-dev)")
     with tempfile.TemporaryDirectory() as folder:
-        probe = [*shlex.split(cxx), *CXX_FLAGS, "-shared", "-xc++", "-", "-o", f"{folder}/probe.so"]
-        result = run(*probe, input="#include <omp.h>\n#include <vector>\nint f() { return omp_get_max_threads(); }\n")
+        probe = [*shlex.split(f"{cxx} {PYTHON}"), *CXX_FLAGS, "-shared", "-xc++", "-", "-o", f"{folder}/probe.so"]
+        code = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint n = omp_get_max_threads();\n"
+        result = run(*probe, input=code)
     if result.returncode:
         error = next((line for line in result.stderr.splitlines() if "error" in line), "see its output")
-        return not_built(f"{cxx} cannot build a C++17 library with OpenMP: {error}")
+        return not_built(f"{cxx} cannot build a C++17 library with OpenMP and Python's headers (python3-dev): {error}")
     version = run(*shlex.split(cxx), "--version").stdout.split("\n")[0]
     return {"built": True, "reason": "", "command": cxx, "compiler": version, "flags": CXX_FLAGS}
 
@@ -66,9 +65,8 @@ def find_nvcc(cpu: dict) -> dict:
     """The CUDA toolchain, or the reason there is none: the "cuda" part of the build information."""
     if not cpu["built"] or MODE == "cpu":
         return not_built(cpu["reason"] or "FASTLM_BUILD=cpu")
-    homes = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")])
-    folders = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
     if nvcc is None:
         return not_built("nvcc not found on PATH, CUDA_HOME, CUDA_PATH or /usr/local/cuda")
     version = re.search(r"release ([\d.]+), V([\d.]+)", run(nvcc, "--version").stdout)
@@ -106,10 +104,9 @@ def compile_extension(cpu: dict, cuda: dict) -> Path:
             ninja.rule("nvcc", f"{nvcc} {unit}", depfile="$out.d", deps="gcc")
             link += " -cudart=static"  # looks for a driver at its first call, so that the module imports without one
         ninja.rule("link", f"{link} -shared $in -o $out")
-        python = shlex.join(["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")])
         objects = ninja.build("build_info.o", "cxx", "build_info.cpp")
         for source in sorted(path for path in CSRC.rglob("*") if path.suffix in rules):
-            for name, flags in (CPU_TARGETS if source.name.endswith("_cpu.cpp") else {"": python}).items():
+            for name, flags in (CPU_TARGETS if source.name.endswith("_cpu.cpp") else {"": PYTHON}).items():
                 out, extra = f"{source.relative_to(CSRC)}{name}.o", f"{flags} -DFASTLM_CPU_TARGET={name}"
                 objects += ninja.build(out, rules[source.suffix], str(source), variables={"extra": extra})
         ninja.build(MODULE, "link", objects)
@@ -121,7 +118,7 @@ def compile_extension(cpu: dict, cuda: dict) -> Path:
     return folder / MODULE
 
 
-class Build(build_py):
+class Build(build_py.build_py):
     """Copies the Python files, then puts the extension and the build information beside them."""
 
     def run(self):
@@ -134,9 +131,10 @@ class Build(build_py):
         (package / "_build_info.json").write_text(json.dumps(INFO, indent=2) + "\n")
 
 
-class NativeDistribution(Distribution):
-    def has_ext_modules(self) -> bool:  # decides the wheel's tag: this platform's or py3-none-any
-        return CPU["built"]
+class Archive(sdist.sdist):
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "REVISION").write_text(INFO["revision"])  # git cannot tell there
 
 
 if MODE not in ("", "cuda", "cpu", "none"):
@@ -146,5 +144,7 @@ CUDA = find_nvcc(CPU)
 if (MODE == "cpu" and not CPU["built"]) or (MODE == "cuda" and not CUDA["built"]):
     sys.exit(f"fastlm: FASTLM_BUILD={MODE} is not possible here: {CPU['reason'] or CUDA['reason']}")
 GIT = run("git", "describe", "--always", "--dirty") if (ROOT / ".git").exists() and shutil.which("git") else None
-INFO = {"revision": GIT.stdout.strip() if GIT else "", "cpu": CPU, "cuda": CUDA}
-setup(cmdclass={"build_py": Build}, distclass=NativeDistribution)
+OWN = (ROOT / "REVISION").read_text() if (ROOT / "REVISION").exists() else GIT.stdout.strip() if GIT else ""
+INFO = {"revision": OWN, "cpu": CPU, "cuda": CUDA}
+Distribution.has_ext_modules = lambda self: CPU["built"]  # decides the wheel's tag: this platform's or py3-none-any
+setup(cmdclass={"build_py": Build, "sdist": Archive})

@@ -1,14 +1,16 @@
-"""Wheels of every kind, built as a user's pip builds them, installed elsewhere and asked what they are."""
+"""The sdist and wheels of every kind: built as a user's pip builds them, installed elsewhere, asked what they are."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastlm")
@@ -25,6 +27,7 @@ BUILD_VARIABLES = (
 HAS_CXX = any(map(shutil.which, ("c++", "g++", "clang++")))
 HAS_NVCC = bool(shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"))
 
+needs_git = pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not a git clone")
 needs_cxx = pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(not (HAS_CXX and HAS_NVCC), reason="no nvcc")
 
@@ -61,6 +64,14 @@ def source(tmp_path):
 def wheel(source, *options, **variables):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "../wheels", *options, "."]
     return run(*command, cwd=source, **variables)
+
+
+def print_of_setup(expression):
+    """Code that runs `setup.py --version` and prints one of its values."""
+    return (
+        f"import runpy, sys; sys.argv[1:] = ['--version']; globals().update(runpy.run_path('setup.py')); "
+        f"print({expression})"
+    )
 
 
 class Installed:
@@ -200,10 +211,7 @@ def test_an_unknown_architecture_is_an_error(source, architecture):
 
 @needs_nvcc
 def test_default_architectures_end_with_ptx_for_later_ones(source):
-    code = (
-        "import runpy, sys; sys.argv[1:] = ['--version']; print(*runpy.run_path('setup.py')['INFO']['cuda']['flags'])"
-    )
-    done = run(sys.executable, "-c", code, cwd=source, FASTLM_BUILD="cuda")
+    done = run(sys.executable, "-c", print_of_setup("*INFO['cuda']['flags']"), cwd=source, FASTLM_BUILD="cuda")
     flags = [flag for flag in done.stdout.split() if flag.startswith("-gencode")]
     assert flags[0] == "-gencode=arch=compute_75,code=[sm_75]"
     assert [",compute_" in flag for flag in flags] == [False] * (len(flags) - 1) + [True]
@@ -224,3 +232,116 @@ def test_a_failed_compilation_shows_the_compilers_words_and_the_way_out(source, 
     assert "no/such/header.h" in done.stdout
     assert advice in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def git(folder, *arguments):
+    me = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = run("git", *me, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def built(hook, folder, *, into, **variables):
+    """What the hook of pyproject.toml's build backend makes of a folder; no build isolation, so no network."""
+    code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
+    done = run(sys.executable, "-c", code, str(into), cwd=folder, **variables)
+    assert done.returncode == 0, done.stdout
+    [archive] = into.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone with all that is changed here, in which Python and a build have left things behind."""
+    folder = tmp_path_factory.mktemp("clone") / "fastlm clone"
+    for name in git(ROOT, "ls-files", "-z").split("\0"):
+        if name and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "all")
+    for left in ("tests/__pycache__/cases.cpython-311.pyc", "fastlm/_C.so", "fastlm/_build_info.json", "build/a.o"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(clone):
+    return built("build_sdist", clone, into=clone.parent / "sdist", FASTLM_BUILD="none")
+
+
+@pytest.fixture
+def unpacked(sdist, tmp_path):
+    """The sdist, unpacked inside the clone of something else."""
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "something else")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "a folder", filter="data")
+    [folder] = (tmp_path / "a folder").iterdir()
+    return folder
+
+
+@needs_git
+def test_the_sdist_is_the_repository_without_hidden_files_and_charts_that_no_readme_shows(clone, unpacked):
+    tracked = set(git(clone, "ls-files", "-z").rstrip("\0").split("\0"))
+    shown = "".join((clone / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    left_out = {name for name in tracked if name[0] == "." or (name.endswith(".png") and name not in shown)}
+    generated = {"PKG-INFO", "REVISION", "setup.cfg"}
+    files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    files = {name for name in files if not name.startswith("fastlm.egg-info/")}
+    assert sorted(files - generated) == sorted(tracked - left_out)
+    assert "csrc/layer_norm/layer_norm_fwd.cu" in files
+
+
+@needs_git
+@pytest.mark.parametrize("mode", ["none", pytest.param("cpu", marks=[pytest.mark.proof, pytest.mark.slow, needs_cxx])])
+def test_the_wheel_from_the_sdist_is_that_from_the_clone_revision_included(clone, unpacked, tmp_path, mode):
+    found = []
+    for folder in (clone, unpacked):
+        wheel = built("build_wheel", folder, into=tmp_path / f"{len(found)}", FASTLM_BUILD=mode, DEBUG="1")
+        with zipfile.ZipFile(wheel) as archive:
+            info = json.loads(archive.read("fastlm/_build_info.json"))
+            found.append((wheel.name, sorted(archive.namelist()), info))
+    assert found[0] == found[1]
+    _, files, info = found[0]
+    assert info["revision"] == git(clone, "describe", "--always").strip()
+    python = {path.relative_to(clone).as_posix() for path in (clone / "fastlm").rglob("*.py")}
+    native = [name for name in files if name.startswith("fastlm/_C.")]
+    assert len(native) == (mode == "cpu")
+    others = {"fastlm/_build_info.json", "fastlm/py.typed", "fastlm/ops/measured.json", *native}
+    assert {name for name in files if not name.startswith("fastlm-")} == python | others
+
+
+@needs_git
+def test_a_folder_without_a_revision_takes_none_from_the_repository_around_it(unpacked):
+    (unpacked / "REVISION").unlink()
+    done = run(sys.executable, "-c", print_of_setup("INFO['revision']"), cwd=unpacked, FASTLM_BUILD="none")
+    assert done.stdout.splitlines() == ["0.1.0", ""]
+
+
+@needs_git
+def test_the_metadata_are_valid_and_the_extras_refer_to_each_other(unpacked):
+    metadata = Metadata.from_email((unpacked / "PKG-INFO").read_bytes(), validate=True)
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert (metadata.license_expression, metadata.license_files) == ("Apache-2.0", ["LICENSE"])
+    needed = [requirement for requirement in metadata.requires_dist if not requirement.marker]
+    assert {requirement.name for requirement in needed} == {"torch", "numpy"}
+    own = [requirement.extras for requirement in metadata.requires_dist if requirement.name == "fastlm"]
+    assert own
+    assert set().union(*own) <= set(metadata.provides_extra)
+
+
+@needs_cxx
+def test_without_pythons_headers_there_are_no_kernels_and_it_says_what_to_install(source):
+    code = """
+import sysconfig
+path_of = sysconfig.get_path
+sysconfig.get_path = lambda name, *args, **kw: "/no/such" if name == "include" else path_of(name, *args, **kw)
+"""
+    done = run(sys.executable, "-c", code + print_of_setup("INFO['cpu']['reason']"), cwd=source)
+    [_, reason] = done.stdout.splitlines()
+    assert "Python's headers (python3-dev)" in reason
+    assert "Python.h" in reason.split("python3-dev")[1]
