@@ -4,7 +4,7 @@ Importing this needs torch and numpy only; it patches nothing and touches no GPU
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from fastlm import functional
 from fastlm.accelerate import accelerate
@@ -23,12 +23,15 @@ __all__ = [
     "info",
     "register_backend",
     "register_sdpa",
+    "tune",
     "use_backend",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """`fastlm.models` and the like without an import of their own, loaded when first asked for."""
-    if name in ("data", "generation", "models", "nn", "train", "transformers"):
+    if name == "tune":
+        return importlib.import_module("fastlm.bench.tune").tune
+    if name in ("bench", "data", "generation", "models", "nn", "train", "transformers"):
         return importlib.import_module(f"fastlm.{name}")
     raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ if torch.cuda.device_count() == 0:  # asks the driver, starts nothing
 import interpreter
 import proof.emulator  # registers the backend "emulator": the CUDA kernels, thread by thread on a CPU
 
-from fastlm.ops import compiled, registry
+from fastlm.ops import compiled, measured, registry
 from fastlm.ops.attention import op as attention
 from fastlm.ops.cross_entropy import op as cross_entropy
 from fastlm.ops.layer_norm import op as layer_norm
@@ -45,6 +46,12 @@ if not compiled.cpu_missing():  # the CPU kernels for lesser processors, which t
     for target in list(compiled.extension().CPU_TARGETS)[:-1]:
         for op in (attention, cross_entropy, layer_norm, linear):
             op.register_cpu(f"cpu_{target}", compiled.cpu_launchers(target))
+
+
+measured.entries.cache_clear()
+with pytest.MonkeyPatch.context() as nowhere:  # what the user of this machine has measured decides nothing here
+    nowhere.setattr(measured.cache, "folder", lambda: Path("nowhere"))
+    measured.entries()
 
 
 # torch.manual_seed writes the stack down for every kind of device, also where there is none: 0.75 ms in each test.

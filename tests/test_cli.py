@@ -457,4 +457,4 @@ def test_info_and_help_print_and_succeed(capsys):
     for arguments in ([], ["--help"]):
         assert cli.main(arguments) == 0
         commands = re.findall(r"^  (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
-        assert commands == ["train", "finetune", "evaluate", "generate", "serve", "info"]
+        assert commands == list(cli.COMMANDS)

@@ -15,6 +15,7 @@ from fastlm.cli.generate import generate
 from fastlm.cli.info import info
 from fastlm.cli.serve import serve
 from fastlm.cli.train import train
+from fastlm.cli.tune import tune
 from fastlm.config import nearest
 
 __all__ = ["main"]
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "generate": generate,
     "serve": serve,
+    "tune": tune,
     "info": info,
 }
 
