@@ -80,7 +80,12 @@ def test_auto_goes_by_what_was_measured(monkeypatch):
     assert cases == ["layer_norm 64 32 float32"]
     assert [(w.backend, w.ratio) for w in winners] == [("cpu", 2.0)]
     assert said == ["[1/1] layer_norm 64 32 float32: cpu, 2.00 times as fast as torch's own"]
-    assert chosen(F.layer_norm, x, (32,)) == "cpu"
+    explanation = fastlm.explain(F.layer_norm, x, (32,))
+    assert explanation.backend == "cpu"
+    assert explanation.tuned
+    assert str(explanation).startswith("layer_norm: cpu (asked for: auto; measured by fastlm tune)\n")
+    with fastlm.use_backend("cpu"):
+        assert not fastlm.explain(F.layer_norm, x, (32,)).tuned
 
 
 @needs_cpu

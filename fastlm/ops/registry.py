@@ -593,7 +593,8 @@ class _Explained(Exception):
 
 
 class Explanation:
-    """What `explain` found; `str()` of it is a report. `backend` is the choice, None if nothing fits."""
+    """What `explain` found; `str()` of it is a report. `backend` is the choice, None if nothing fits; `tuned` whether a
+    measurement of the user's own (`fastlm tune`) made it."""
 
     def __init__(self, choice: Choice) -> None:
         op, inputs, chosen, rejected = choice.op, choice.inputs, choice.chosen, choice.rejected
@@ -607,9 +608,12 @@ class Explanation:
                     "can serve, ranked after the choice" if name in op.auto else "can serve when named"
                 ]
         self.copies = op.backends[chosen].copies(inputs) if chosen else []
+        users = tuned(op.name, inputs[0], op.sizes(inputs)) if "auto" in choice.names and entries() else ""
+        self.tuned = bool(users) and users == chosen
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend'} (asked for: {','.join(self.preference)})", *self.inputs]
+        asked = f"asked for: {','.join(self.preference)}{'; measured by fastlm tune' if self.tuned else ''}"
+        lines = [f"{self.op}: {self.backend or 'no backend'} ({asked})", *self.inputs]
         lines += [f"  copies {copy}" for copy in self.copies]
         lines += [f"  not {name}: {'; '.join(reasons)}" for name, reasons in self.reasons.items()]
         return "\n".join(lines)
