@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -284,15 +285,19 @@ def unpacked(sdist, tmp_path):
 
 
 @needs_git
-def test_the_sdist_is_the_repository_without_hidden_files_and_charts_that_no_readme_shows(clone, unpacked):
+def test_the_sdist_is_the_repository_without_hidden_files_and_with_the_charts_that_documents_show(clone, unpacked):
     tracked = set(git(clone, "ls-files", "-z").rstrip("\0").split("\0"))
-    shown = "".join((clone / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
-    left_out = {name for name in tracked if name[0] == "." or (name.endswith(".png") and name not in shown)}
+    charts = {path.relative_to(clone).as_posix() for path in clone.glob("benchmarks/results/*.png")}
+    needless = charts | {name for name in tracked if name.startswith(".")}
     generated = {"PKG-INFO", "REVISION", "setup.cfg"}
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith("fastlm.egg-info/")}
-    assert sorted(files - generated) == sorted(tracked - left_out)
+    assert sorted(files - generated - charts) == sorted(tracked - needless)
     assert "csrc/layer_norm/layer_norm_fwd.cu" in files
+    for path in [*unpacked.glob("*.md"), *unpacked.glob("docs/**/*.md")]:
+        for link in re.findall(r"\]\(([^):#]+\.png)\)", path.read_text("utf-8")):
+            assert (path.parent / link).exists(), f"{path.name} shows {link}, which MANIFEST.in leaves out"
+    assert not charts <= files
 
 
 @needs_git
