@@ -174,7 +174,7 @@ class Int8Linear(nn.Module):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the fields are arguments of `generate`."""
+    """How the next token is chosen; fields as in `generate`."""
 
     do_sample: bool
     temperature: float = 1.0
@@ -200,6 +200,7 @@ class Sampling:
         return torch.multinomial(self.cut(scores).softmax(-1), 1, generator=generator)[:, 0]
 
     def penalise(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Scores (B, V), of tokens in `ids` (B, T) less likely by `repetition_penalty`."""
         if self.repetition_penalty == 1.0:
             return scores
         there = scores.gather(-1, ids.long())

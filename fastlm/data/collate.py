@@ -22,6 +22,7 @@ def collate(
     Args:
         examples: each with `input_ids`, a list of integers, and whatever else all of them have. What is as long as
             `input_ids` is padded like it, `labels` with `ignore_index`, the rest with 0; numbers become (B,).
+        pad_token_id, ignore_index: what `input_ids` and `labels` are padded with.
 
     Raises:
         ValueError: no examples, or examples with different names.

@@ -46,8 +46,14 @@ class Document(NamedTuple):
 class Corpus:
     """The documents of some text, in order of their files' names; every iteration reads them again.
 
-    `source` says for people where they come from. `skipped` counts, after an iteration, the files that were empty or
-    not text and the rows that were blank or null; `done` is the share that is read, or None where that is not known.
+    `skipped` counts, after an iteration, the files that were empty or not text and the rows that were blank or null;
+    `done` is the share that is read, or None where that is not known.
+
+    Args:
+        source: where they come from, for people.
+        root: the folder that names are relative to.
+        paths: the files.
+        text_column: of CSV, JSONL and parquet.
     """
 
     def __init__(self, source: str, root: Path, paths: list[Path], text_column: str) -> None:

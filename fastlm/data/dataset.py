@@ -61,21 +61,33 @@ class Dataset:
     Both sequences of tokens hold, for each document, the separator's id and then the document; so the first byte of a
     document is predicted too, and with byte-level BPE decoding without that token gives the text back exactly. Bits per
     byte are the summed loss of `val_tokens` (every token after the first) / ln 2 / `val_bytes`.
+
+    Args:
+        path: the folder in the cache.
+        source: where the text came from, for people.
+        train_tokens, val_tokens: memory-mapped, uint16, or uint32 for vocabularies above 65,536.
+        train_bytes, val_bytes: bytes of text after cleaning, the separators not counted.
+        vocab_size: as trained: less than was asked for when the text is small.
+        eos_id: of the separator: `<|endoftext|>`, `</s>` or `[SEP]`, whichever the tokenizer has, in this order.
+        train_documents, val_documents: how many there are.
+        dropped_documents: left out of validation: too much of them stands in the training part.
+        skipped_documents: files that are empty or not text, rows that are blank or null, before or after cleaning.
+        cleaned: for each step of cleaning asked for, the documents it changed; `deduplicate`: removed.
     """
 
-    path: Path  # the folder in the cache
-    source: str  # where the text came from, for people
-    train_tokens: Tokens  # memory-mapped, uint16, or uint32 for vocabularies above 65,536
+    path: Path
+    source: str
+    train_tokens: Tokens
     val_tokens: Tokens
-    train_bytes: int  # bytes of text after cleaning, the separators not counted
+    train_bytes: int
     val_bytes: int
-    vocab_size: int  # as trained: less than was asked for when the text is small
-    eos_id: int  # of the separator: `<|endoftext|>`, `</s>` or `[SEP]`, whichever the tokenizer has, in this order
+    vocab_size: int
+    eos_id: int
     train_documents: int
     val_documents: int
-    dropped_documents: int  # left out of validation: too much of them stands in the training part
-    skipped_documents: int  # files that are empty or not text, rows that are blank or null, before or after cleaning
-    cleaned: dict[str, int]  # for each step of cleaning asked for, the documents it changed; `deduplicate`: removed
+    dropped_documents: int
+    skipped_documents: int
+    cleaned: dict[str, int]
 
     @property
     def tokenizer_path(self) -> Path:

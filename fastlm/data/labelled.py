@@ -19,9 +19,13 @@ __all__ = ["LabelledTexts", "encode_texts", "read_labelled", "split_labelled"]
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts and the number of each one's class in `classes`.
+    """Texts with classes.
 
-    `left_out` counts rows by why they are not there: blank, unlabelled, duplicate, contradictory.
+    Args:
+        texts: the texts.
+        labels: of each the number of its class.
+        classes: their names.
+        left_out: counts of rows by why they are not there: blank, unlabelled, duplicate, contradictory.
     """
 
     texts: list[str]
@@ -147,7 +151,7 @@ def split_labelled(config: LabelledConfig) -> dict[str, LabelledTexts]:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], max_length: int) -> list[list[int]]:
-    """[CLS] text [SEP] of each, the text cut to max_length - 2 tokens.
+    """[CLS] text [SEP] of each of `texts`, the text cut to max_length - 2 tokens.
 
     Raises ValueError where the tokenizer has no [CLS] and [SEP].
     """

@@ -39,7 +39,7 @@ IGNORED = -100  # a label that is none
 
 @dataclass(frozen=True)
 class BERTConfig(GPTConfig):
-    """The shape of a BERT: a GPT's, and this.
+    """The shape of a BERT: that of a GPT, with fields as `GPTConfig` has them, and this.
 
     Args:
         type_vocab_size: kinds of segments
@@ -62,10 +62,16 @@ class BERTConfig(GPTConfig):
 
 
 class Packing(NamedTuple):
-    """Where the tokens that are no padding are in a batch (B, T)."""
+    """Where the tokens that are no padding are in a batch (B, T).
 
-    indices_N: Tensor  # int64, in B * T
-    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts among them
+    Args:
+        indices_N: (N,) int64, their places in B * T.
+        cu_seqlens: (B + 1,) int32, where each sequence starts among them.
+        max_seqlen: of the longest sequence.
+    """
+
+    indices_N: Tensor
+    cu_seqlens: Tensor
     max_seqlen: int
 
     @classmethod
@@ -195,6 +201,15 @@ class BERTModel(Pretrained):
 
 
 class BERT(BERTModel):
+    """The encoder: embeddings, blocks, and a pooler, tanh of a linear layer of each sequence's first token.
+
+    Args:
+        config: the shape.
+        pooler: False for none.
+
+    Source: Devlin et al. 2019 (arXiv 1810.04805).
+    """
+
     architectures: ClassVar = {"bert": "BertModel"}
 
     def __init__(self, config: BERTConfig, pooler: bool = True) -> None:
@@ -244,6 +259,7 @@ class BERT(BERTModel):
         unpad: bool = True,
         output_attentions: bool = False,
     ) -> Encoded:
+        """Hidden states as the blocks left them, packed if they were computed so; arguments as in `forward`."""
         self._check(input_ids, attention_mask, token_type_ids)
         T = input_ids.shape[1]
         unpad = unpad and not output_attentions
@@ -269,6 +285,7 @@ class BERT(BERTModel):
         return Encoded(x, packing, None if attentions is None else tuple(attentions))
 
     def pool(self, encoded: Encoded) -> Tensor:
+        """(B, C) of the first token of every sequence."""
         return self.pooler(encoded.first()).tanh()
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
@@ -340,6 +357,12 @@ class MaskedLMHead(nn.Module):
 
 
 class BERTForMaskedLM(BERTModel):
+    """BERT and a head that says what each token was, whose last weight is the token embedding's.
+
+    Args:
+        config: the shape.
+    """
+
     architectures: ClassVar = {"bert": "BertForMaskedLM"}
     body = "bert."
 
@@ -372,6 +395,12 @@ class BERTForMaskedLM(BERTModel):
 
 
 class BERTForPreTraining(BERTModel):
+    """BERT with the head of `BERTForMaskedLM`, and one that says whether the second segment follows the first.
+
+    Args:
+        config: the shape.
+    """
+
     architectures: ClassVar = {"bert": "BertForPreTraining"}
     body = "bert."
 
@@ -394,8 +423,8 @@ class BERTForPreTraining(BERTModel):
         labelled: Tensor | None = None,
         **options: Any,
     ) -> BERTForPreTrainingOutput:
-        """As BERTForMaskedLM; `next_sentence_label` (B,) is 0 where the second segment follows the first, and its loss
-        is added to that of `labels`. `options` are BERT's."""
+        """As `BERTForMaskedLM`; `next_sentence_label` (B,) is 0 where the second segment follows the first, and its
+        loss is added to that of `labels`. `options` are BERT's."""
         encoded = self.bert.encode(input_ids, attention_mask, token_type_ids, **options)
         weight_VC = self.bert.token_embedding.weight
         loss, logits = self.mlm(encoded, weight_VC, input_ids.shape, labels, labelled, return_logits)
@@ -407,6 +436,12 @@ class BERTForPreTraining(BERTModel):
 
 
 class BERTForSequenceClassification(BERTModel):
+    """BERT and a linear layer of what it pools, `num_labels` wide.
+
+    Args:
+        config: the shape, the classes and `problem_type`.
+    """
+
     architectures: ClassVar = {"bert": "BertForSequenceClassification"}
     body = "bert."
 
@@ -436,6 +471,7 @@ class BERTForSequenceClassification(BERTModel):
         return BERTHeadOutput(None if labels is None else self.loss(logits, labels), logits, encoded.attentions)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits (B, num_labels), by `problem_type`: cross-entropy, squared error, or binary cross-entropy."""
         kind = self.config.problem_type
         if kind is None:
             integers = not labels.is_floating_point()

@@ -150,6 +150,12 @@ class Block(nn.Module):
 
 
 class GPT(Pretrained):
+    """GPT-2, with ALiBi and a norm of the embedding BLOOM: see this module.
+
+    Args:
+        config: the shape.
+    """
+
     config: GPTConfig
     config_type = GPTConfig
     layouts = (huggingface.GPT2, huggingface.BLOOM)
@@ -292,6 +298,7 @@ class GPT(Pretrained):
         return F.linear(hidden, self.token_embedding.weight) if self.config.tie_embeddings else self.head(hidden)
 
     def alibi_slopes(self, device: torch.device) -> Tensor | None:
+        """(H,) fp32; None where positions are not ALiBi's."""
         return alibi_slopes(self.config.num_heads, device) if self.config.position == "alibi" else None
 
     @property

@@ -113,6 +113,7 @@ class TrainConfig(Config):
         return min(rise, self.min_lr + (1 - self.min_lr) * shape)
 
     def torch_device(self) -> torch.device:
+        """The device that `device` names; of the processes that torchrun started each its own."""
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # of the processes that torchrun started
             name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -137,6 +138,7 @@ class TrainConfig(Config):
         return names["bf16" if self.dtype == "auto" and fast else self.dtype.replace("auto", "fp32")]
 
     def autocast(self) -> torch.autocast:
+        """The context of forward and loss, of `dtype`; turned off for fp32."""
         dtype = self.torch_dtype()
         mixed = dtype != torch.float32
         return torch.autocast(self.torch_device().type, dtype=dtype if mixed else None, enabled=mixed)

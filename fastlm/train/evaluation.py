@@ -19,17 +19,24 @@ class Evaluation:
         perplexity = exp(loss);    bits_per_byte = loss * labels / ln 2 / bytes
         precision = TP / (TP + FP);    recall = TP / (TP + FN);    F1 = 2 TP / (2 TP + FP + FN)
 
-    The last three are means over the classes that occur, as labels or predictions (macro), 0 where a divisor is 0.
+    Args:
+        loss: nats per label.
+        perplexity: of a language model.
+        bits_per_byte: None where the number of bytes is not known.
+        accuracy: share of the labels that were predicted.
+        precision, recall, f1: means over the classes that occur, as labels or predictions (macro), 0 where a divisor
+            is 0.
+        confusion: counts of a classifier: rows are labels, columns predictions.
     """
 
-    loss: float  # nats per label
+    loss: float
     perplexity: float | None = None
-    bits_per_byte: float | None = None  # None where the number of bytes is not known
+    bits_per_byte: float | None = None
     accuracy: float | None = None
     precision: float | None = None
     recall: float | None = None
     f1: float | None = None
-    confusion: list[list[int]] | None = None  # of classes: rows are labels, columns predictions
+    confusion: list[list[int]] | None = None
 
     @classmethod
     def of(cls, total: float, count: int, num_bytes: int | None, confusion: Tensor | None) -> Evaluation:
