@@ -14,7 +14,7 @@ HUGGINGFACE := $(VENV)/.huggingface
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup train test proof lint mutants bench clean
+.PHONY: help setup train test proof lint mutants bench docs clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -43,6 +43,9 @@ mutants: setup $(TOOLKIT)  ## Break every kernel in every small way and see a te
 
 bench: setup  ## Run every benchmark
 	@set -e; for benchmark in benchmarks/bench_*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(ARGS); done
+
+docs: setup $(HUGGINGFACE)  ## Build the API reference from the docstrings in build/docs; update README's table
+	$(BIN)/python docs/build.py
 
 clean:  ## Remove everything built and cached, except .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis fastlm/_C.* fastlm/_build_info.json
