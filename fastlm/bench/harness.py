@@ -48,6 +48,10 @@ class Comparison:
     def median(self, side: str) -> float:
         return statistics.median(self.times[side])
 
+    def quantile(self, side: str, q: float) -> float:
+        ordered = sorted(self.times[side])
+        return ordered[round(q * (len(ordered) - 1))]
+
     def ratio(self, ours: str, *others: str) -> float:
         """How many times faster ours is than the best of the others: the median over neighbouring runs."""
         best = min(others or set(self.times) - {ours}, key=self.median)
@@ -57,8 +61,8 @@ class Comparison:
         """Median and spread of a side's runs."""
         if side not in self.times:
             return ""
-        scale, ordered = {"ms": 1e3, "us": 1e6}[self.unit], sorted(self.times[side])
-        low, middle, high = (scale * ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+        scale = {"ms": 1e3, "us": 1e6}[self.unit]
+        low, middle, high = (scale * self.quantile(side, q) for q in (0.2, 0.5, 0.8))
         return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from fastlm.cli.bench import bench
 from fastlm.cli.evaluate import evaluate
 from fastlm.cli.finetune import finetune
 from fastlm.cli.generate import generate
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "serve": serve,
     "tune": tune,
+    "bench": bench,
     "info": info,
 }
 
