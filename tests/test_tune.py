@@ -174,7 +174,11 @@ def test_a_named_backend_is_not_overruled():
 
 # Op -> (a call, its sizes): those that call torch's own op without the registry where nothing speaks against it.
 SHORT_WAYS = {
+    "layer_norm": (lambda x: F.layer_norm(x, (32,)), (64, 32, "")),
+    "rms_norm": (lambda x: F.rms_norm(x, (32,)), (64, 32, "")),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.zeros(64, dtype=torch.int64)), (64, 32, "")),
     "linear": (lambda x: F.linear(x, torch.ones(8, 32)), (64, 32, 8)),
+    "add_rms_norm": (lambda x: F.add_rms_norm(x, x, (32,)), (64, 32, "")),
     "add_layer_norm": (lambda x: F.add_layer_norm(x, x, (32,)), (64, 32, "")),
     "scaled_dot_product_attention": (
         lambda x: F.scaled_dot_product_attention(*[x.view(1, 4, 16, 32)] * 3, is_causal=True),
@@ -195,9 +199,12 @@ def test_the_short_way_to_torchs_own_op_asks_too(monkeypatch, op):
 
     registry.OPS[op].register(dataclasses.replace(record, fwd=fwd))
     x, device = torch.randn(64, 32), measured.device_class(CPU_DEVICE)
-    for table, entry, expected in (([], "cpu", 1), ([], None, 0), (["cpu", 1], None, 1), (["cpu", 1], "native", 0)):
+    ours = ["cpu", 1]
+    ways = (([], "cpu", 1), ([], None, 0), (ours, None, 1), (ours, "native", 0), (ours, "reference", 0))
+    for table, entry, expected in ways:
         monkeypatch.setitem(measured.TABLE, device, {op: {"float32": table}} if table else {})
         monkeypatch.setattr("fastlm.ops.attention.op.FEW_QUERIES", 1)
+        monkeypatch.setattr("fastlm.ops.cross_entropy.op.LONG_ROW", 1)
         measured._entry.cache_clear()
         measured.tuned_file().unlink(missing_ok=True)
         measured.forget()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlm.ops import rows
 from fastlm.ops.checks import (
+    TENSORS,
     autocast_dtype,
     check_integer,
     check_not_negative,
@@ -21,7 +22,7 @@ from fastlm.ops.checks import (
 )
 from fastlm.ops.compiled import CPU, CUDA, Launchers, cuda_missing, triton_devices, triton_missing
 from fastlm.ops.cross_entropy import kernels, launch, reference
-from fastlm.ops.measured import Sizes, fastest
+from fastlm.ops.measured import Sizes, entries, fastest, tuned
 from fastlm.ops.registry import FLOATS, Backend, Op
 
 
@@ -95,6 +96,9 @@ def cross_entropy(
 
     Source: de Brébisson and Vincent 2016 (arXiv 1604.08859) for z_loss; Gemma Team 2024 (arXiv 2408.00118) for softcap.
     """
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    if _is_torchs(input, target, weight, *options) and not inplace_backward:
+        return _native_cross_entropy(input, target, None, *options)
     check_tensor("cross_entropy", "input", input)
     options = _check_options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
     target = _check("cross_entropy", input, input.shape, target, weight, options[0])
@@ -262,7 +266,7 @@ def _check(
 def _check_options(
     op: str, ignore_index: int, reduction: str, label_smoothing: float, z_loss: float, softcap: float
 ) -> tuple[int, str, float, float, float]:
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return (
         check_integer(op, "ignore_index", ignore_index),
@@ -377,6 +381,7 @@ def _linear_composite(
     return _composite(torch.nn.functional.linear(input, linear_weight, linear_bias), target, *options[:-2], False)
 
 
+REDUCTIONS = ("none", "mean", "sum")
 LONG_ROW = 512  # classes; below, a CPU's kernel is slower than torch's (benchmarks/results/cross_entropy_sizes.md)
 CPU_BUILT = importlib.util.find_spec("fastlm._C") is not None  # a plain constant, for compilers
 
@@ -396,12 +401,44 @@ def _gpu_first() -> str:
     return "triton" if cuda_missing() else "cuda"
 
 
-def _sizes(inputs: CrossEntropyInputs) -> Sizes:
-    x, dim = inputs.input, 1 if inputs.input.dim() > 1 else 0
+def _is_torchs(
+    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, smoothing: Any, z_loss: Any, softcap: Any
+) -> bool:
+    """Whether "auto" takes torch's op for a call about which there is nothing to say: rows of logits on a CPU, an index
+    for each."""
+    if not (
+        type(input) in TENSORS
+        and type(target) in TENSORS
+        and input.is_cpu
+        and input.dim() == 2
+        and target.dtype == torch.int64
+        and target.is_cpu
+        and target.shape == input.shape[:1]
+        and input.is_floating_point()
+        and weight is None
+        and z_loss == softcap == 0.0
+        and type(smoothing) is float
+        and 0.0 <= smoothing <= 1.0
+        and type(ignore_index) is int
+        and reduction in REDUCTIONS
+        and CROSS_ENTROPY.auto_alone()
+        and not torch._C._is_any_autocast_enabled()
+    ):
+        return False
+    if entries() and (users := tuned("cross_entropy", input, _sizes_of(input, 1))):
+        return users == "native"
+    return input.shape[1] < LONG_ROW or input.stride(1) != 1 or not fastest("cross_entropy", input)
+
+
+def _sizes_of(x: Tensor, dim: int, *options: str) -> Sizes:
     classes = x.shape[dim]
-    apart = "classes apart" if x.stride(dim) != 1 else ""
-    probabilities = "probabilities" if inputs.target.is_floating_point() else ""
-    return x.numel() // max(1, classes), classes, apart, probabilities, "in place" if inputs.inplace_backward else ""
+    return x.numel() // max(1, classes), classes, "classes apart" if x.stride(dim) != 1 else "", *options
+
+
+def _sizes(inputs: CrossEntropyInputs) -> Sizes:
+    given = {"probabilities": inputs.target.is_floating_point(), "in place": inputs.inplace_backward}
+    dim = 1 if inputs.input.dim() > 1 else 0
+    return _sizes_of(inputs.input, dim, *[name for name, present in given.items() if present])
 
 
 def _linear_sizes(inputs: LinearCrossEntropyInputs) -> Sizes:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import rows
-from fastlm.ops.checks import autocast_dtype, check_integer, check_number, check_probability, check_tensor, fits
+from fastlm.ops.checks import (
+    TENSORS,
+    autocast_dtype,
+    check_integer,
+    check_number,
+    check_probability,
+    check_tensor,
+    fits,
+)
 from fastlm.ops.compiled import CPU, CUDA, Launchers, triton_devices, triton_missing
 from fastlm.ops.layer_norm import launch, reference
 from fastlm.ops.measured import Sizes, entries, fastest, tuned
@@ -86,6 +94,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
+    if type(eps) is float and _is_torchs(LAYER_NORM, input, normalized_shape, weight, bias):
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps)
     _check("layer_norm", input, normalized_shape, weight, bias)
     eps = check_number("layer_norm", "eps", eps)
     inputs = LayerNormInputs(_autocast("layer_norm", input), normalized_shape, weight, bias, eps)
@@ -113,6 +123,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
+    if (eps is None or type(eps) is float) and _is_torchs(RMS_NORM, input, normalized_shape, weight):
+        return torch.rms_norm(input, normalized_shape, weight, eps)
     _check("rms_norm", input, normalized_shape, weight, None)
     inputs = RMSNormInputs(_autocast("rms_norm", input), normalized_shape, weight, _rms_eps("rms_norm", input, eps))
     return RMS_NORM.choose(inputs)(*inputs)
@@ -152,16 +164,9 @@ def add_layer_norm(
     input, residual, p = _check_add("add_layer_norm", input, residual, normalized_shape, weight, bias, dropout_p)
     eps = check_number("add_layer_norm", "eps", eps)
     p = p if training else 0.0
-    if (
-        not p
-        and input.is_cpu
-        and input.dtype == residual.dtype
-        and ADD_LAYER_NORM.auto_alone()
-        and _native_is_fastest(input, normalized_shape)
-        and fits(input, normalized_shape, weight, bias)
-    ):
+    if not p and input.dtype == residual.dtype and _is_torchs(ADD_LAYER_NORM, input, normalized_shape, weight, bias):
         new_residual = residual + input
-        return torch.nn.functional.layer_norm(new_residual, normalized_shape, weight, bias, eps), new_residual
+        return torch.layer_norm(new_residual, normalized_shape, weight, bias, eps), new_residual
     inputs = AddLayerNormInputs(input, residual, normalized_shape, weight, bias, eps, p, None)
     return ADD_LAYER_NORM.choose(inputs)(*inputs)
 
@@ -300,11 +305,19 @@ def _one_gradient(bwd: dict[str, Any]) -> bool:
     return bwd["input_dtype"] == bwd["new_residual"].dtype and bwd["rng_state"] is None
 
 
-def _native_is_fastest(input: Tensor, normalized_shape: Sequence[int]) -> bool:
-    """Whether "auto" takes torch's operations for add_layer_norm without dropout."""
-    if entries() and (users := tuned("add_layer_norm", input, _sizes_of(input, normalized_shape))):
+def _is_torchs(op: Op, input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor | None) -> bool:
+    """Whether "auto" takes torch's op for a call without dropout about which there is nothing to say."""
+    if not (
+        type(input) in TENSORS
+        and input.is_cpu
+        and op.auto_alone()
+        and not torch._C._is_any_autocast_enabled()
+        and fits(input, normalized_shape, *parameters)
+    ):
+        return False
+    if entries() and (users := tuned(op.name, input, _sizes_of(input, normalized_shape))):
         return users == "native"
-    return not fastest("add_layer_norm", input)
+    return not fastest(op.name, input)
 
 
 def _sizes_of(input: Tensor, normalized_shape: Sequence[int], dropout_p: float = 0.0) -> Sizes:
