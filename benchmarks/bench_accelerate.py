@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_layer_norm import NAMES
 from torch import Tensor, nn
 
 import fastlm
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, write_results
 
 LEAST = 0.97

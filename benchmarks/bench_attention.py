@@ -20,17 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as plain
-from bench_layer_norm import NAMES
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 import fastlm.functional as F
-from fastlm.bench.harness import Comparison, compare, write_results
+from fastlm.bench.cases import NAMES
+from fastlm.bench.harness import RESULTS, Comparison, compare, write_results
 from fastlm.ops.registry import OPS
 
 DENSE, VARLEN = "scaled_dot_product_attention", "varlen_attention"
@@ -447,7 +446,7 @@ def main() -> None:
     title = "Attention on the CPU: torch's scaled_dot_product_attention and FastLM"
     columns = [("named, times as fast as torch", named)]
     write_results("attention", title, results, columns, lambda c: c.ratio(AUTO, TORCH), "default / torch, speed")
-    file = harness.RESULTS / "attention.md"
+    file = RESULTS / "attention.md"
     file.write_text(f"{file.read_text()}\n{text}\n")
 
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 
 import torch
-from bench_layer_norm import NAMES
 from torch import Tensor
 
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.models import BERTForSequenceClassification
 

@@ -1,28 +1,28 @@
 """The losses: PyTorch eager, torch.compile, its chunked linear_cross_entropy and FastLM's backends, time and memory.
 
-Forward and backward. Memory is the peak beyond inputs and returned gradients. With --sizes small inputs, to find from
-which size on a backend is faster than PyTorch's own op: what fastlm/ops/measured.json records.
+Forward and backward. Memory is the peak beyond inputs and returned gradients. `fastlm bench` has neither torch's
+chunked loss nor classes that lie far apart in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as plain
-from bench_layer_norm import COMPILED, EAGER, NAMES, backends
 from torch import Tensor
 
 import fastlm
 import fastlm.functional as F
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, write_results
+from fastlm.bench.suite import COMPILED, EAGER, own_backends
 
 CHUNKED, IN_PLACE = "torch chunked", "in place"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OURS = backends("cross_entropy", DEVICE)[0]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OURS = own_backends("cross_entropy", DEVICE)[0]
 
 
 class Logits(torch.autograd.Function):
@@ -37,25 +37,21 @@ class Logits(torch.autograd.Function):
         return None, None
 
 
-def case(
-    shape: tuple[int, ...], dtype: torch.dtype, seconds: float, *, compiled: bool = True, number: int = 1
-) -> Comparison:
+def case(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Comparison:
     logits, anchor = torch.randn(shape, device=DEVICE).to(dtype), torch.ones((), requires_grad=True)
     target = torch.randint(shape[1], (shape[0], *shape[2:]), device=DEVICE)
 
     def step(function: Callable[..., Tensor], logits: Tensor = logits, **options: Any) -> Callable[[], None]:
         return lambda: function(Logits.apply(anchor, logits), target, **options).backward()
 
-    sides = {EAGER: step(plain.cross_entropy)}
-    if compiled:
-        torch.compiler.reset()
-        sides[COMPILED] = step(torch.compile(plain.cross_entropy, dynamic=False))
-    for name in backends("cross_entropy", DEVICE):
+    torch.compiler.reset()
+    sides = {EAGER: step(plain.cross_entropy), COMPILED: step(torch.compile(plain.cross_entropy, dynamic=False))}
+    for name in own_backends("cross_entropy", DEVICE):
         sides[name] = fastlm.use_backend(name)(step(F.cross_entropy))
         place = f"{name} {IN_PLACE}"
         sides[place] = fastlm.use_backend(name)(step(F.cross_entropy, logits.clone(), inplace_backward=True))
     title = f"cross_entropy {'x'.join(map(str, shape))} {NAMES[dtype]}"
-    result = compare(title, sides, bytes=3 * logits.nbytes, seconds=seconds, memory=number == 1, number=number)
+    result = compare(title, sides, bytes=3 * logits.nbytes, seconds=seconds, memory=True)
     for side in result.memory:  # the gradient is returned, except that of whoever wrote it over the logits
         result.memory[side] = max(0, result.memory[side] - (0 if IN_PLACE in side else logits.nbytes))
     return result
@@ -78,10 +74,10 @@ def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seco
 
     torch.compiler.reset()
     sides = {EAGER: step(linear_then_loss), COMPILED: step(torch.compile(linear_then_loss, dynamic=False))}
-    slow = DEVICE == "cpu" and dtype != torch.float32  # 15 and 30 s a step for these rows
+    slow = DEVICE.type == "cpu" and dtype != torch.float32  # 15 and 30 s a step for these rows
     if hasattr(torch.nn, "LinearCrossEntropyOptions") and not slow:
         sides[CHUNKED] = step(plain.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    for name in backends("linear_cross_entropy", DEVICE):
+    for name in own_backends("linear_cross_entropy", DEVICE):
         sides[name] = fastlm.use_backend(name)(step(F.linear_cross_entropy))
     title = f"linear_cross_entropy {rows}x{features}x{classes} {NAMES[dtype]}"
     result = compare(title, sides, seconds=seconds, least=4, memory=True)
@@ -90,27 +86,12 @@ def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seco
     return result
 
 
-def sizes(seconds: float) -> None:
-    shapes = [
-        (rows, classes) for classes in (2, 50, 1000, 50304) for rows in (8, 64, 512, 4096) if rows * classes < 2**22
-    ]
-    results = [
-        case(shape, dtype, seconds, compiled=False, number=10)
-        for dtype, shape in itertools.product((torch.float32, torch.bfloat16), shapes)
-    ]
-    title = "Cross-entropy of small inputs: from which size on a backend is faster than PyTorch's own op"
-    write_results("cross_entropy_sizes", title, results, [], lambda c: c.ratio(OURS, EAGER), f"{OURS} times as fast")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", action="store_true", help="small inputs instead")
-    parser.add_argument("--seconds", type=float, help="for each case; 6, of small inputs 0.3")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each case")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.sizes:
-        return sizes(arguments.seconds or 0.3)
-    seconds, results = arguments.seconds or 6.0, []
+    seconds, results = arguments.seconds, []
     for dtype in (torch.float32, torch.bfloat16):
         results += [case((rows, 50304), dtype, seconds) for rows in (512, 1024)]
         results.append(case((8192, 1000), dtype, seconds))

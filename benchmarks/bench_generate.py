@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-from bench_layer_norm import NAMES
 
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, read_bandwidth, write_results
 from fastlm.models import GPT
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as plain
-from bench_layer_norm import NAMES
 from torch import Tensor
 
 import fastlm.functional as F
 from fastlm import use_backend
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.ops.compiled import CPU, Recorder
 from fastlm.ops.linear import op as linear

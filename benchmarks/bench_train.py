@@ -13,43 +13,21 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from bench_default import PLAIN
-from bench_layer_norm import NAMES
 from torch import nn
 
 from fastlm import data
+from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import RESULTS, Comparison, compare, write_results
+from fastlm.bench.models import Loop
 from fastlm.models import GPT, BERTForMaskedLM, GPTConfig, bert, gpt
 from fastlm.train import TrainConfig, Trainer
 from fastlm.train.memory import kept_memory
 
 EAGER, COMPILED, THEIRS, OURS = "PyTorch eager", "torch.compile", "transformers", "FastLM"
 SPECIAL = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
-
-
-class Loop:
-    """A training loop as one writes it in plain PyTorch: autocast, AdamW, clipping."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig, module: Any, compiled: bool = False) -> None:
-        self.model, self.config, self.module = model.train(), config, module
-        self.forward = torch.compile(model, dynamic=False) if compiled else model
-        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, **options)
-
-    def step(self, inputs: dict[str, Any], lr: float | None = None) -> torch.Tensor:
-        with mock.patch.object(self.module, "F", PLAIN), self.config.autocast():
-            loss = self.forward(**inputs).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr if lr is None else lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
 
 
 def models() -> dict[str, tuple[nn.Module, Any, data.Objective]]:
@@ -82,7 +60,7 @@ def case(name: str, theirs: nn.Module, kind: Any, objective: data.Objective, dty
     trainer = Trainer(copy.deepcopy(ours), config, objective, quiet=True)
     loops = {EAGER: Loop(copy.deepcopy(ours), config, module), COMPILED: Loop(ours, config, module, compiled=True)}
     shared = {"input_ids": inputs["input_ids"], "labels": inputs["input_ids"] if kind is GPT else inputs["labels"]}
-    loops[THEIRS] = Loop(copy.deepcopy(theirs), config, module)
+    loops[THEIRS] = Loop(copy.deepcopy(theirs), config)
 
     kept, keeps = ExitStack(), False
 
