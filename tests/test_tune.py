@@ -220,7 +220,7 @@ def test_the_short_way_to_torchs_own_op_asks_too(monkeypatch, op):
 
 @needs_cpu
 def test_torchs_attention_with_our_kernels_behind_it_asks_too():
-    q = torch.randn(1, 4, 16, 32)
+    q, mask = torch.randn(1, 4, 16, 32), torch.ones(16, 16, dtype=torch.bool).tril()
     registration = fastlm.register_sdpa(cpu=True)
     counted, record = [], registry.OPS["scaled_dot_product_attention"].backends["cpu"]
     fwd = lambda *args: (counted.append(1), record.fwd(*args))[1]  # noqa: E731
@@ -231,6 +231,9 @@ def test_torchs_attention_with_our_kernels_behind_it_asks_too():
             keep("scaled_dot_product_attention", backend, (4, 16, 16, 32, "causal", ""))
             torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
             assert len(counted) == runs
+            keep("scaled_dot_product_attention", backend, (4, 16, 16, 32, "", "", "masked"))
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+            assert len(counted) == 2 * runs
 
 
 @needs_cpu
