@@ -19,10 +19,17 @@ import fastlm.functional as F
 from fastlm.bench.cases import NAMES
 from fastlm.bench.harness import Comparison, compare, write_results
 from fastlm.bench.suite import COMPILED, EAGER, own_backends
+from fastlm.ops.registry import OPS
 
 CHUNKED, IN_PLACE = "torch chunked", "in place"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OURS = own_backends("cross_entropy", DEVICE)[0]
+
+
+def usable(op: str) -> list[str]:
+    return [name for name in own_backends(op, DEVICE) if not OPS[op].backends[name].available()]
+
+
+OURS = usable("cross_entropy")[0]
 
 
 class Logits(torch.autograd.Function):
@@ -46,7 +53,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Comparis
 
     torch.compiler.reset()
     sides = {EAGER: step(plain.cross_entropy), COMPILED: step(torch.compile(plain.cross_entropy, dynamic=False))}
-    for name in own_backends("cross_entropy", DEVICE):
+    for name in usable("cross_entropy"):
         sides[name] = fastlm.use_backend(name)(step(F.cross_entropy))
         place = f"{name} {IN_PLACE}"
         sides[place] = fastlm.use_backend(name)(step(F.cross_entropy, logits.clone(), inplace_backward=True))
@@ -77,7 +84,7 @@ def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seco
     slow = DEVICE.type == "cpu" and dtype != torch.float32  # 15 and 30 s a step for these rows
     if hasattr(torch.nn, "LinearCrossEntropyOptions") and not slow:
         sides[CHUNKED] = step(plain.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    for name in own_backends("linear_cross_entropy", DEVICE):
+    for name in usable("linear_cross_entropy"):
         sides[name] = fastlm.use_backend(name)(step(F.linear_cross_entropy))
     title = f"linear_cross_entropy {rows}x{features}x{classes} {NAMES[dtype]}"
     result = compare(title, sides, seconds=seconds, least=4, memory=True)

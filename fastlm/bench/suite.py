@@ -36,6 +36,7 @@ __all__ = [
     "Result",
     "environment",
     "measure",
+    "own_backends",
     "run_jobs",
 ]
 
@@ -152,9 +153,8 @@ def measure(
 
 
 def own_backends(op: str, device: torch.device) -> list[str]:
-    """FastLM's own backends that can run here: not torch's, nor the reference, which serve any device."""
-    backends = OPS[op].backends.values()
-    return [b.name for b in backends if b.devices is not None and device.type in b.devices and not b.available()]
+    """FastLM's own backends for such a device, whether they can run here or not; those for any are torch's."""
+    return [b.name for b in OPS[op].backends.values() if b.devices is not None and device.type in b.devices]
 
 
 def one_line(error: BaseException) -> str:

@@ -81,7 +81,6 @@ def _measure(jobs: list[suite.Job], options: dict[str, Any], device: torch.devic
     folder = options.get("out") or Path("fastlm-bench") / report.stem
     budget = 60 * options["budget"] if "budget" in options else None
     tell(f"{len(jobs)} cases on {report.device}; results go to {folder}")
-    path = report.write_json(folder)
     try:
         for found in suite.run_jobs(jobs, budget):
             if isinstance(found, str):
@@ -90,6 +89,8 @@ def _measure(jobs: list[suite.Job], options: dict[str, Any], device: torch.devic
                 report.results.append(found)
             report.write_json(folder)
     finally:
+        report.skipped += [job.name for job in jobs[len(report.results) + len(report.skipped) :]]
+        path = report.write_json(folder)
         _tell_paths([path, *report.write_page(folder)])
     return report
 
