@@ -22,7 +22,7 @@ from fastlm.ops import registry
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "fastlm", "fastlm.functional", "fastlm.nn", "fastlm.models", "fastlm.train", "fastlm.data", "fastlm.generation",
-    "fastlm.accelerate", "fastlm.transformers",
+    "fastlm.accelerate",
 )  # fmt: skip
 READMES = ("README.md", "README.zh-CN.md")
 MARKS = ("<!-- ops and backends: `make docs` writes this -->\n\n", "\n\n<!-- end -->")

@@ -55,7 +55,7 @@ class Linear(torch.nn.Linear):
         bias: False for no bias.
         device, dtype: of the parameters.
 
-    The input is (*, in_features), the output (*, out_features) in its dtype. Errors are those of
+    The input is `(*, in_features)`, the output `(*, out_features)` in its dtype. Errors are those of
     `fastlm.functional.linear`.
     """
 

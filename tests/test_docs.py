@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -38,8 +39,9 @@ def snippets(name: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", read(name), re.DOTALL)
 
 
-def run(code: str, *arguments: str) -> str:
-    result = subprocess.run([sys.executable, *arguments, "-c", code], capture_output=True, text=True, cwd=ROOT)
+def run(code: str, **environment: str) -> str:
+    environment = os.environ | environment
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -47,10 +49,11 @@ def run(code: str, *arguments: str) -> str:
 # Snippets -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_snippets_of_the_readme_run_one_after_the_other() -> None:
+def test_the_snippets_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
     code = "\n".join(snippets("README.md"))
     assert code.count("import fastlm") >= 2
-    assert "layer_norm: native" in run(code)
+    assert "layer_norm: native" in run(code, FASTLM_CACHE=str(tmp_path))
+    assert (tmp_path / "tuned.json").exists()
 
 
 def test_the_snippets_of_the_pages_run_each_page_by_itself() -> None:
@@ -74,8 +77,6 @@ def test_the_commands_of_the_pages_parse(line: str, monkeypatch: pytest.MonkeyPa
         original(parser, argv)
         raise Parsed
 
-    if line.split()[1] == "bench" and "bench" not in cli.COMMANDS:
-        pytest.skip("not there yet")
     original = Parser.parse
     monkeypatch.setattr(Parser, "parse", parse)
     with pytest.raises(Parsed):
