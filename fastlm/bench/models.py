@@ -28,6 +28,7 @@ INT8 = "FastLM int8"
 # Type of device -> model, batch, tokens of a training step; 4 layers of 768.
 STEPS = {"cpu": (("GPT", 2, 256), ("BERT", 4, 128)), "cuda": (("GPT", 8, 512), ("BERT", 32, 128))}
 LAYERS, WIDTH, HEADS = 4, 768, 12
+GPT2_SMALL = {"vocab_size": 50257, "max_seq_len": 1024, "hidden_size": 768, "num_layers": 12, "num_heads": 12}
 PROMPT, NEW = 32, 64
 GENERATIONS = {"batch 1": (1, 1), "batch 8": (8, 1), "5 beams": (1, 5)}  # name -> batch, beams
 
@@ -131,13 +132,15 @@ def _models(kind: str, tokens: int, device: torch.device) -> tuple[nn.Module, nn
         if library is None:
             return GPT(GPTConfig(50304, tokens, WIDTH, LAYERS, HEADS)).to(device), None
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
-        config = library.GPT2Config(vocab_size=50304, n_layer=LAYERS, n_positions=tokens, **off)
+        sizes = {"n_positions": tokens, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+        config = library.GPT2Config(vocab_size=50304, **sizes, **off)
         theirs = library.GPT2LMHeadModel(config)
         return GPT.from_pretrained(theirs).to(device), theirs.to(device)
     if library is None:
         return BERTForMaskedLM(BERTConfig(30522, 512, WIDTH, LAYERS, HEADS)).to(device), None
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    theirs = library.BertForMaskedLM(library.BertConfig(num_hidden_layers=LAYERS, **off))
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    theirs = library.BertForMaskedLM(library.BertConfig(intermediate_size=4 * WIDTH, **sizes, **off))
     return BERTForMaskedLM.from_pretrained(theirs).to(device), theirs.to(device)
 
 
@@ -211,13 +214,15 @@ def _generation(name: str, batch: int, beams: int, dtype: torch.dtype, device: t
     """`NEW` tokens after a prompt of `PROMPT`, with a cache, greedily or by beams."""
     torch.manual_seed(0)
     library, missing = _transformers(), {}
-    ids = torch.randint(50257, (batch, PROMPT), device=device)
+    ours = GPT(GPTConfig.from_dict(GPT2_SMALL))
+    ids = torch.randint(ours.config.vocab_size, (batch, PROMPT), device=device)
     runs: dict[str, Callable[[], object]] = {}
     if library is None:
         missing[THEIRS] = "not installed"
-        ours = GPT(GPTConfig(50257, 1024, 768, 12, 12))
     else:
-        theirs = library.GPT2LMHeadModel(library.GPT2Config())
+        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+        config = library.GPT2Config(**dict(zip(names, GPT2_SMALL.values(), strict=True)))
+        theirs = library.GPT2LMHeadModel(config)
         ours = GPT.from_pretrained(theirs)
         theirs = theirs.to(device, dtype).eval()
         theirs.generation_config = library.GenerationConfig()
@@ -236,8 +241,8 @@ def _generation(name: str, batch: int, beams: int, dtype: torch.dtype, device: t
     if dtype == torch.float32 and THEIRS in found and OURS in found and not torch.equal(found[THEIRS], found[OURS]):
         wrong[OURS] = "its tokens are not those of transformers"
         del runs[OURS]
-    layers = [p for key, p in ours.named_parameters() if p.dim() == 2 and "position" not in key]
+    weights = [p for key, p in ours.named_parameters() if p.dim() == 2 and "position" not in key]
     # What every token must read: the weights of all linear layers, the embedding as the last layer's.
-    bytes = NEW * sum(p.nbytes for p in layers)
+    bytes = NEW * sum(p.nbytes for p in weights)
     timed = compare(name, runs, bytes=bytes, seconds=seconds, least=3, memory=True, device=device)
     return Result(**vars(timed), kind="generation", dtype=NAMES[dtype], wrong=wrong, missing=missing)
