@@ -361,7 +361,10 @@ def test_a_backend_that_is_wrong_does_not_win(monkeypatch, what):
 
 @needs_cpu
 def test_calls_are_repeated_with_their_shapes_strides_and_values_that_matter(monkeypatch):
-    target, mask = torch.tensor([1, 4, -100]), torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    target, mask = (
+        torch.tensor([1, 4, -100]),
+        torch.zeros(16, 16).masked_fill(torch.ones(16, 16).triu(1) > 0, -torch.inf),
+    )
     table, seen = torch.randn(64, 8), []
 
     def compare(case, sides, **options):
@@ -387,6 +390,27 @@ def test_calls_are_repeated_with_their_shapes_strides_and_values_that_matter(mon
     assert expanded.input.is_leaf
     assert torch.equal(loss.target, target)
     assert torch.equal(attention.attn_mask, mask)
+
+
+@needs_cpu
+def test_inference_is_measured_without_gradients_and_dropout_with_any_mask(monkeypatch):
+    modes, record = [], registry.OPS["layer_norm"].backends["native"]
+    call = lambda *args: (modes.append(torch.is_grad_enabled()), record.call(*args))[1]  # noqa: E731
+    registry.OPS["layer_norm"].register(dataclasses.replace(record, call=call))
+    cases = speeds(monkeypatch, native=2.0, cpu=1.0)
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def step():
+        with torch.no_grad():
+            F.layer_norm(x, (32,))
+            F.layer_norm(x[:40], (32,))  # of the same bucket: the first that was seen stands for both
+        F.add_layer_norm(x, x, (32,), dropout_p=0.5)
+
+    winners, _ = tune(step)
+    assert cases == ["layer_norm 64 32 float32 inference", "add_layer_norm 64 32 dropout float32"]
+    assert [(winner.backend, winner.rejected) for winner in winners] == [("cpu", {})] * 2
+    assert modes
+    assert not any(modes[-1:])
 
 
 @needs_cpu
