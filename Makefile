@@ -41,8 +41,8 @@ lint: $(INSTALLED)  ## Check style, formatting and types
 mutants: setup $(TOOLKIT)  ## Break every kernel in every small way and see a test fail
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proof/mutants.py $(ARGS)
 
-bench: setup  ## Run every benchmark
-	@set -e; for benchmark in benchmarks/bench_*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark $(ARGS); done
+bench: setup  ## Measure ops and models against PyTorch and installed peers; ARGS="layer_norm --dtypes bf16" selects
+	$(BIN)/fastlm bench $(ARGS)
 
 docs: setup $(HUGGINGFACE)  ## Build the API reference from the docstrings in build/docs; update README's table
 	$(BIN)/python docs/build.py
