@@ -138,6 +138,9 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
 def quantized(model: GPT) -> GPT:
     """A copy for inference whose linear layers have int8 weights; it shares everything else with the model.
 
+    Args:
+        model: stays as it is.
+
     Raises:
         ValueError: a weight is not finite.
     """

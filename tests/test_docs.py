@@ -230,7 +230,9 @@ def undocumented(name: str, thing: object) -> list[str]:
     except ValueError:  # an exception's
         return []
     given = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    lacking = [each for each in given if not re.search(rf"\b{each}\b", own) and each not in ("self", "cls")]
+    given = [each for each in given if each not in ("self", "cls")]
+    told = r"^ *(?:\w+, *\n? *)*{0}(?:, *\n? *\w+)*:|`[^`]*\b{0}\b[^`]*`"  # listed as an argument, or marked as code
+    lacking = [each for each in given if not re.search(told.format(each), own, re.MULTILINE)]
     return [f"{name} says nothing of {', '.join(lacking)}"] if lacking and not REFERS.search(own) else []
 
 

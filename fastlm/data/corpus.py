@@ -33,10 +33,13 @@ Columns = Mapping[str, str]  # what each is for -> its name
 
 
 class Document(NamedTuple):
-    """One text: its path relative to the corpus, with forward slashes, and its UTF-8 bytes.
+    """One text.
 
-    A row's name is `file.csv:17`, of the line it starts at (parquet: the row's number, from 1), the name of a part of
-    a large text file likewise, that of a string in an iterable its index.
+    Args:
+        name: its path relative to the corpus, with forward slashes. A row's is `file.csv:17`, of the line it starts at
+            (parquet: the row's number, from 1), that of a part of a large text file likewise, that of a string in an
+            iterable its index.
+        text: its UTF-8 bytes.
     """
 
     name: str

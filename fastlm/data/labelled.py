@@ -151,9 +151,15 @@ def split_labelled(config: LabelledConfig) -> dict[str, LabelledTexts]:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Iterable[str], max_length: int) -> list[list[int]]:
-    """[CLS] text [SEP] of each of `texts`, the text cut to max_length - 2 tokens.
+    """The ids of [CLS] text [SEP] for each text.
 
-    Raises ValueError where the tokenizer has no [CLS] and [SEP].
+    Args:
+        tokenizer: has [CLS] and [SEP].
+        texts: the texts.
+        max_length: of a result; a text is cut to two tokens less.
+
+    Raises:
+        ValueError: the tokenizer has no [CLS] or no [SEP].
     """
     cls, sep = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
     if cls is None or sep is None:

@@ -152,6 +152,7 @@ class MaskedLM(Objective):
 
     Args:
         tokens: (N,) of integers, a [SEP] before every document.
+        seq_len: tokens of an example.
         special: the ids of "[CLS]", "[SEP]" and "[MASK]".
         vocab_size: random tokens are below this and not special.
         next_sentence: A is what comes first in a document or the rest of one, cut at random; B is what follows it, or

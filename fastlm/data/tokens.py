@@ -17,6 +17,9 @@ class Tokens:
     `tokens[i]` is a numpy scalar, `tokens[slice]` and `tokens[array of integers of any shape]` are arrays, of the same
     shape as the indices; a slice that lies in one shard is a view of it. `numpy.asarray(tokens)` reads everything.
 
+    Args:
+        shards: (n,) each, of one dtype.
+
     Raises ValueError without shards or when they are not (n,) each and of one dtype, IndexError for an index out of
     range or not of integers.
     """
