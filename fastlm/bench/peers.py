@@ -20,6 +20,8 @@ from fastlm.bench.cases import ATTENTION, VARLEN, Problem
 
 __all__ = ["PEERS", "Peer", "Side", "Unfit"]
 
+SERVED = ("cuda",)  # types of device
+
 
 class Unfit(Exception):
     """Why a side cannot serve a case."""
@@ -48,13 +50,9 @@ class Peer:
             raise Unfit(f"has no {op}")
         if importlib.util.find_spec(self.module) is None:
             raise Unfit("not installed")
-        if device.type != "cuda" and not self._interpreted():
+        if device.type not in SERVED:
             raise Unfit(f"serves GPUs, not {device.type}")
         return self.adapters[op](problem)
-
-    def _interpreted(self) -> bool:
-        """Whether Triton's interpreter stands in for a GPU."""
-        return self.name == "liger-kernel" and importlib.import_module("triton").knobs.runtime.interpret
 
 
 def _only(problem: Problem, *served: str) -> None:
@@ -198,7 +196,7 @@ def _engine_attention(problem: Problem) -> Side:
         attn_mask_type="causal" if problem.case.option("causal") else "no_mask",
     )
     shape = q.transpose(1, 2).shape
-    return Side(_heads_inside(lambda *qkv: module(*qkv).view(shape)))
+    return Side(_heads_inside(lambda *qkv: module(*qkv).reshape(shape)))
 
 
 PEERS = (
