@@ -58,7 +58,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, seconds: float) -> Comparis
         place = f"{name} {IN_PLACE}"
         sides[place] = fastlm.use_backend(name)(step(F.cross_entropy, logits.clone(), inplace_backward=True))
     title = f"cross_entropy {'x'.join(map(str, shape))} {NAMES[dtype]}"
-    result = compare(title, sides, bytes=3 * logits.nbytes, seconds=seconds, memory=True)
+    result = compare(title, sides, bytes=3 * logits.nbytes, seconds=seconds, memory=True, device=DEVICE)
     for side in result.memory:  # the gradient is returned, except that of whoever wrote it over the logits
         result.memory[side] = max(0, result.memory[side] - (0 if IN_PLACE in side else logits.nbytes))
     return result
@@ -87,7 +87,7 @@ def linear_case(rows: int, features: int, classes: int, dtype: torch.dtype, seco
     for name in usable("linear_cross_entropy"):
         sides[name] = fastlm.use_backend(name)(step(F.linear_cross_entropy))
     title = f"linear_cross_entropy {rows}x{features}x{classes} {NAMES[dtype]}"
-    result = compare(title, sides, seconds=seconds, least=4, memory=True)
+    result = compare(title, sides, seconds=seconds, least=4, memory=True, device=DEVICE)
     for side in result.memory:
         result.memory[side] = max(0, result.memory[side] - input.nbytes - weight.nbytes)
     return result

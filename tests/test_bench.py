@@ -18,7 +18,7 @@ import torch.nn.functional as plain
 import fastlm
 import fastlm.functional as F
 from fastlm import cli
-from fastlm.bench import cases, models, peers, suite
+from fastlm.bench import cases, harness, models, peers, suite
 from fastlm.bench.cases import STANDARD, Case, parse, standard
 from fastlm.bench.harness import Comparison, compare
 from fastlm.bench.report import Report, slow
@@ -206,6 +206,20 @@ def test_the_compiler_takes_part_and_its_errors_are_said(untimed, monkeypatch):
     assert COMPILED in measure(one("layer_norm:8x16"), CPU, []).times
 
 
+def test_others_are_timed_in_spite_of_a_little_more_rounding(backend, untimed, monkeypatch):
+    def off(factor):
+        monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *x: function(*x) * (1 + factor))
+        return measure(one("layer_norm:8x16,forward"), CPU, [])
+
+    little = off(2e-6)
+    assert 1 < little.shares[COMPILED] < suite.LENIENCE
+    assert COMPILED in little.times
+    assert COMPILED in off(1e-3).wrong
+    backend(lambda x, *rest: plain.layer_norm(x, *rest) * (1 + 2e-6))
+    ours = measure(one("layer_norm:8x16,forward"), CPU, ["bench_trial"], compiled=False)
+    assert f"{OURS} bench_trial" in ours.wrong
+
+
 # --- peers
 
 
@@ -382,6 +396,41 @@ def test_short_runs_are_repeated_within_one_timing():
     assert result.median("a") < 1e-3
 
 
+def test_on_a_gpu_its_own_time_is_taken_beside_the_wall_s(monkeypatch):
+    """With events that read the clock of a pretended GPU, which runs for 3 ms what takes the host nothing."""
+    now = [0.0]
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    class Filler:
+        def zero_(self):
+            events.append("fill")
+            now[0] += 1e-4
+
+    def run():
+        events.append("run")
+        now[0] += 3e-3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(harness.torch, "empty", lambda *_, **__: Filler())
+    result = compare("on a GPU", {"a": run}, seconds=0.0, least=3, device="cuda")
+    assert result.times["a"] == pytest.approx([3e-3] * 3)
+    assert len(result.wall["a"]) == 3
+    assert events[-2:] == ["fill", "run"]  # launched while the GPU fills
+
+
 def test_what_begins_after_the_budget_is_skipped(monkeypatch):
     clock = iter([0.0, 1.0, 6.0, 7.0])
     monkeypatch.setattr(suite.time, "monotonic", lambda: next(clock))
@@ -456,8 +505,23 @@ def report():
         )
 
     results = [
-        result("layer_norm 1x2 fp32", 2.0, 1.0, flops=2**21, chosen="cuda", missing={"apex": "not installed"}),
-        result("rms_norm 1x2 fp32", 1.0, 2.0, chosen="native", wrong={f"{OURS} cuda": "output 0: off by 3"}),
+        result(
+            "layer_norm 1x2 fp32",
+            2.0,
+            1.0,
+            flops=2**21,
+            chosen="cuda",
+            missing={"apex": "not installed"},
+            shares={OURS: 0.25},
+        ),
+        result(
+            "rms_norm 1x2 fp32",
+            1.0,
+            2.0,
+            chosen="native",
+            shares={OURS: 0.125},
+            wrong={f"{OURS} cuda": "output 0: off by 3"},
+        ),
         result("linear 1x2x3 fp32", 1.0, 1.01, chosen="native", missing={"apex": "not installed"}),
         Result("GPT step", {EAGER: [3.0], COMPILED: [2.0], OURS: [4.0], "FastLM compiled": [1.0]}, kind="step"),
         Result("generates", {"transformers": [3.0], OURS: [1.0]}, kind="generation", dtype="fp32"),
@@ -482,6 +546,7 @@ def test_the_page_is_made_from_the_file_alone(tmp_path):
     assert "| layer_norm 1x2 fp32 | 2000 (2000 to 2000) | 1000 (1000 to 1000) | cuda | 2.00 | 100% | 8 / 4 |" in text
     assert "| GPT step | 3000 (3000 to 3000) | 2000 (2000 to 2000) | 4000 (4000 to 4000) |" in text
     assert "what is built" in text
+    assert "| FastLM | 0.25 | layer_norm 1x2 fp32 |" in text
 
 
 def test_losing_cases_and_what_was_left_out_are_shown():

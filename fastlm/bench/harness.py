@@ -90,8 +90,9 @@ def compare(
         run()
         run()
     number = number or max(1, min(1000, round(LEAST_SECONDS / min(seconds_of(run) for run in sides.values()))))
-    peaks = {name: _peak_memory(run) for name, run in sides.items()} if memory else {}
-    clock = _Clock() if torch.device(device).type == "cuda" else None
+    on_gpu = torch.device(device).type == "cuda"
+    peaks = {name: _peak_memory(run, on_gpu) for name, run in sides.items()} if memory else {}
+    clock = _Clock() if on_gpu else None
     times: dict[str, list[float]] = {name: [] for name in sides}
     wall: dict[str, list[float]] = {name: [] for name in sides} if clock else {}
     order = list(sides)
@@ -214,9 +215,9 @@ class _Clock:
         return self._between(run)
 
 
-def _peak_memory(run: Callable[[], object]) -> int:
+def _peak_memory(run: Callable[[], object], on_gpu: bool) -> int:
     """Bytes that a run needs beyond what is there before it; on a CPU as Linux counts them, 0 elsewhere."""
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
