@@ -6,6 +6,7 @@ python docs/build.py --table       prints the table
 
 from __future__ import annotations
 
+import html
 import importlib
 import os
 import sys
@@ -66,14 +67,20 @@ def update_tables() -> None:
 
 
 def build(folder: Path) -> None:
-    """Writes the reference, one page for each of MODULES, `fastlm.html` the first."""
-    for name in MODULES:  # pdoc does not ask a module's own __getattr__
-        module = importlib.import_module(name)
+    """Writes the reference, one page for each of MODULES, and `index.html`, which lists them."""
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    for module in modules.values():  # pdoc does not ask a module's own __getattr__
         vars(module).update({each: getattr(module, each) for each in getattr(module, "__all__", ())})
     # pdoc looks for a named tuple's annotations where the tuple is exported, not where it is defined.
     Packing.__new__.__annotations__ |= {"indices_N": torch.Tensor, "cu_seqlens": torch.Tensor, "max_seqlen": int}
     pdoc.render.configure(docformat="google", show_source=False)
     pdoc.pdoc("fastlm", r"!fastlm\.", *MODULES[1:], output_directory=folder)
+    items = [
+        f'<li><a href="{name.replace(".", "/")}.html">{name}</a>: {html.escape(module.__doc__.splitlines()[0])}</li>'
+        for name, module in modules.items()
+    ]
+    page = f'<!doctype html><meta charset="utf-8"><title>FastLM</title><h1>FastLM</h1><ul>{"".join(items)}</ul>'
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -83,4 +90,4 @@ if __name__ == "__main__":
         folder = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "build" / "docs"
         build(folder)
         update_tables()
-        print(folder / "fastlm.html")
+        print(folder / "index.html")

@@ -1,4 +1,4 @@
-"""FastLM: fused attention, layer norm and softmax cross-entropy for PyTorch, with GPT built on them.
+"""FastLM: fused attention, layer norm and softmax cross-entropy for PyTorch, with GPT and BERT built on them.
 
 Importing this needs torch and numpy only; it patches nothing and touches no GPU.
 """

@@ -1,6 +1,8 @@
-"""Modules: `torch.nn`'s own, with FastLM's functions in their forward. A model takes them in place of torch's as it is:
-constructors, initialisation, parameters' names, `state_dict` and `repr` are torch's. What this has no module for is
-torch's too, so that `from fastlm import nn` in place of `from torch import nn` is all there is to change.
+"""Modules: `torch.nn`'s own, with FastLM's functions in their forward.
+
+A model takes them in place of torch's as it is: constructors, initialisation, parameters' names, `state_dict` and
+`repr` are torch's. What this has no module for is torch's too, so that `from fastlm import nn` in place of
+`from torch import nn` is all there is to change.
 
 None of them keeps anything that torch's does not: a module of torch becomes one of these, and goes back, by its class
 alone (`swap`). That is what `fastlm.accelerate` does.
