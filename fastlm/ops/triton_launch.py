@@ -52,7 +52,7 @@ def keep_mask(rng_state, row, start, threshold, SIZE: tl.constexpr):
     offset = tl.load(rng_state + 1).to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(rng_state), group, row.to(tl.uint32), (row >> 32).to(tl.uint32), offset)
     words = tl.join(tl.join(a, c), tl.join(b, d)).reshape([row.shape[0], SIZE])
-    return (words >= threshold.to(tl.uint32)) & (threshold < 4294967296)  # 2^32 is p = 1, and more than a word
+    return (words >= threshold.to(tl.uint32)) & (threshold.to(tl.int64) < 4294967296)  # 2^32 is p = 1, more than a word
 
 
 class Launch(NamedTuple):
