@@ -28,7 +28,7 @@ from fastlm.ops.registry import FLOATS, Backend, Op
 
 MAX_HEAD = 256  # dimension, of kernels
 MAX_HEAD_CUDA = 128
-FEW_QUERIES = 48  # in fp32 on a CPU torch's own op is as fast as ours below it, and with a mask (bench_default.py)
+FEW_QUERIES = 48  # in fp32 on a CPU torch's own op is as fast as ours below it, and with a mask (`fastlm bench`)
 CUDA_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 

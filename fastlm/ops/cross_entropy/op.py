@@ -382,7 +382,7 @@ def _linear_composite(
 
 
 REDUCTIONS = ("none", "mean", "sum")
-LONG_ROW = 512  # classes; below, a CPU's kernel is slower than torch's (benchmarks/results/cross_entropy_sizes.md)
+LONG_ROW = 512  # classes; below, a CPU's kernel is slower than torch's (`fastlm tune cross_entropy:64x200`)
 CPU_BUILT = importlib.util.find_spec("fastlm._C") is not None  # a plain constant, for compilers
 
 
@@ -478,7 +478,7 @@ CROSS_ENTROPY = Op(
 
 def _linear_first(inputs: LinearCrossEntropyInputs) -> str:
     """Ours holds less memory. On a CPU without our kernels the chunks win in eager fp32 only: in 16 bits they cost 5 to
-    9%, and a compiler makes torch's own cross-entropy so fast that they cost 11% of a GPT step (bench_default.py)."""
+    9%, and a compiler makes torch's own cross-entropy so fast that they cost 11% of a GPT step."""
     x = inputs.input
     if not x.is_cpu:
         return _gpu_first()
