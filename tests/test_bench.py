@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.machinery
+import itertools
 import json
 import os
 import re
@@ -55,6 +56,7 @@ def test_a_case_is_read_as_it_is_written():
                 assert parse(str(case)) == [case]
     assert one("attention:2x4x8x16,window=5,causal") == one("scaled_dot_product_attention 2x4x8x16 causal window=5")
     assert str(one("attention:2x4x8x16,window=5,causal")) == "attention 2x4x8x16 causal window=5 fp32"
+    assert str(one("attention:2x4x8x16,window")) == "attention 2x4x8x16 window=256 fp32"
     assert [case.dtype for case in parse("linear:1x2x3")] == [torch.float32, torch.bfloat16]
 
 
@@ -101,7 +103,17 @@ def reduced(case):
     return dataclasses.replace(case, sizes=sizes, options=tuple(o.replace("256", "5") for o in case.options))
 
 
-REDUCED = list(dict.fromkeys(reduced(parse(t)[0]) for texts in STANDARD.values() for t in texts))
+# What no standard case has: windows to both sides, queries that are fewer than the keys, options together.
+MORE = (
+    "attention 2x4x20x16 window=5",
+    "attention 2x4x7x20x16",
+    "attention 2x4x20x16 causal masked gqa=2",
+    "attention 2x4x20x16 softcap=3 alibi window=5 gqa=2",
+    "attention 2x4x3x20x16 cached window=5",
+    "varlen 3x4x20x16 window=5",
+    "varlen 3x4x20x16 causal alibi gqa=2 dropout=0.2",
+)
+REDUCED = list(dict.fromkeys(reduced(parse(t)[0]) for texts in (*STANDARD.values(), MORE) for t in texts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -312,6 +324,10 @@ def test_losses_of_peers_may_overwrite_what_they_are_given(monkeypatch, gpu, unt
         result = measure(one(text), CPU, ["native"], compiled=False)
         assert not result.wrong
         assert timed_peers(result) == {"liger-kernel"}
+    problem = one("cross_entropy:5x16").build()
+    liger = next(peer for peer in peers.PEERS if peer.name == "liger-kernel").side(problem)
+    problem.step(liger.function, liger.inputs)()
+    assert problem.inputs[0].abs().sum() > 0
 
 
 def heads_outside(q, k, v, **options):
@@ -331,6 +347,7 @@ def test_attention_of_peers_has_its_heads_inside(monkeypatch, gpu, untimed):
         assert not options
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         left, right = window_size
+        assert right == (0 if causal and left > 0 else left)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, window=(left, -1 if causal else right), enable_gqa=True
         ).transpose(1, 2)
@@ -591,7 +608,8 @@ def test_without_matplotlib_the_page_says_so(tmp_path, monkeypatch):
 def quick(monkeypatch, tmp_path):
     """In an empty folder, without measuring what the machine can reach."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suite, "peaks", lambda device, dtypes: {"copy": 1e10, "fp32": 1e11, "bf16": 1e11})
+    copies = itertools.count(2)
+    monkeypatch.setattr(suite, "peaks", lambda device, dtypes: {"copy": 1e10 * next(copies), "fp32": 1e11})
     monkeypatch.setattr(suite, "device_name", lambda device: "Test CPU")
 
 
@@ -607,6 +625,7 @@ def test_the_command_measures_and_writes(quick, capsys):
         assert result["shares"][OURS] <= 1
     assert data["environment"]["facts"]["torch"] == torch.__version__
     assert data["environment"]["info"] == str(fastlm.info())
+    assert data["environment"]["peaks"] == {"copy": 3e10, "fp32": 1e11}  # the best of before and after
     page = (folder / "test-cpu.md").read_text()
     assert "test-cpu.png" in page
     assert "wrote fastlm-bench/test-cpu/test-cpu.json" in capsys.readouterr().out

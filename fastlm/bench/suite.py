@@ -55,7 +55,7 @@ class Result(Comparison):
         dtype: its name.
         flops: see `Problem`; 0 if that says nothing.
         chosen: the backend that "auto" chose.
-        shares: from the name of a side to its largest error as a share of the allowed one.
+        shares: from the name of a side that is right to its largest error as a share of the allowed one.
         wrong: from the name of a side to what is wrong with what it computes.
         missing: from the name of a side to why it did not run.
     """
@@ -218,9 +218,11 @@ def _judged(
             given = [x.to(like.dtype) for x, like in zip(given, [*torchs[0], *torchs[1]], strict=True)]
         tensors = zip(given, [*torchs[0], *torchs[1]], [*exact[0], *exact[1]], names, strict=True)
         verdicts = [judge(*each) for each in tensors]
-        shares[side] = max(share for share, _ in verdicts)
-        if shares[side] > (1.0 if side.startswith(OURS) else LENIENCE):
+        share = max(share for share, _ in verdicts)
+        if share > (1.0 if side.startswith(OURS) else LENIENCE):
             wrong[side] = "; ".join(text for _, text in verdicts if text)
+        else:
+            shares[side] = share
     return shares, wrong
 
 

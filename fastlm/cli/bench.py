@@ -88,6 +88,9 @@ def _measure(jobs: list[suite.Job], options: dict[str, Any], device: torch.devic
             else:
                 report.results.append(found)
             report.write_json(folder)
+        again = suite.peaks(device, dtypes)  # the best of before and after: other programs come and go
+        best = report.environment["peaks"]
+        report.environment["peaks"] = {name: max(rate, again[name]) for name, rate in best.items()}
     finally:
         report.skipped += [job.name for job in jobs[len(report.results) + len(report.skipped) :]]
         path = report.write_json(folder)
