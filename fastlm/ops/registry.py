@@ -488,8 +488,9 @@ def _parse(names: str) -> tuple[str, ...]:
 
 
 class _State(threading.local):
-    names: tuple[str, ...] | None = None  # set by `with use_backend(...)` and by its decorator, per thread
-    asked: Callable[[Choice], None] | None = None  # is told of every choice
+    def __init__(self) -> None:  # no attributes of the class: the compiler of torch 2.10 reads those in their place
+        self.names: tuple[str, ...] | None = None  # set by `with use_backend(...)` and by its decorator, per thread
+        self.asked: Callable[[Choice], None] | None = None  # is told of every choice
 
 
 _state = _State()
