@@ -83,7 +83,8 @@ def test_an_op_alone_means_its_standard_cases():
         ("layer_norm:3x4,causal", "layer_norm has no option causal"),
         ("attention:1x2x3x4,window=x", "attention: window must be a number, got 'x'"),
         ("attention:1x2x3x4,gqa=3", "attention: gqa must divide the 2 heads, got 3"),
-        ("add_layer_norm:3x4,dropout=1", "add_layer_norm: dropout must be at least 0 and below 1, got 1"),
+        ("add_layer_norm:3x4,dropout=1", "add_layer_norm: dropout must be below 1, got 1"),
+        ("attention:1x2x3x4,window=-1", "attention: window must be above 0, got -1"),
         ("attention:1x2x3x4,masked,window", "attention: masked goes with neither window, which .*, nor cached"),
         ("attention:1x2x5x4x8,cached", "attention: a cache of 4 keys must hold the 5 queries' own"),
     ],
@@ -812,6 +813,19 @@ def test_the_notebook_measures_shows_and_says_how_to_send(tmp_path, monkeypatch,
     section = "Sending results from your GPU"
     assert section in "".join(cells("markdown"))
     assert f"## {section}" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("text", ["layer_norm:512x256", "attention:1x4x128x64,causal", "varlen:3x4x64x64"])
+def test_a_gpu_is_measured(text):
+    for case in parse(text, "cuda"):
+        result = measure(case, torch.device("cuda"), seconds=0.05, compiled=False)
+        assert not result.wrong
+        assert set(result.times) == set(result.wall) >= {EAGER, OURS}
+        assert all(time > 0 for times in result.times.values() for time in times)
+    report = Report(suite.environment(torch.device("cuda"), [torch.float16]), [result])
+    assert "Times are the GPU's own" in report.markdown({})
 
 
 def test_no_bf16_where_a_gpu_only_imitates_it(monkeypatch):

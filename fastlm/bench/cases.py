@@ -166,6 +166,8 @@ class Case:
                 values[name] = float(value or default)
             except ValueError:
                 raise ValueError(f"{self._short}: {name} must be a number, got {value!r}") from None
+            if not values[name] > 0:
+                raise ValueError(f"{self._short}: {name} must be above 0, got {value}")
         ordered = [_written(name, values[name]) for name in OPTIONS if name in values]
         object.__setattr__(self, "options", tuple(ordered))
         self._check()
@@ -174,8 +176,8 @@ class Case:
         gqa, dropout = int(self.option("gqa")), self.option("dropout")
         if gqa and self.sizes[1] % gqa:
             raise ValueError(f"{self._short}: gqa must divide the {self.sizes[1]} heads, got {gqa}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{self._short}: dropout must be at least 0 and below 1, got {dropout:g}")
+        if dropout >= 1:
+            raise ValueError(f"{self._short}: dropout must be below 1, got {dropout:g}")
         if self.option("masked") and (self.option("window") or self.option("cached")):
             raise ValueError(f"{self._short}: masked goes with neither window, which would leave no key, nor cached")
         if self.op == ATTENTION and self.option("cached") and self.sizes[2] > self.sizes[-2]:
