@@ -201,7 +201,7 @@ def _torch_cross_entropy(input, target, weight=None, *, z_loss=0.0, softcap=0.0,
 def _torch_linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
     if options.get("ignore_index", 0) is None:
         del options["ignore_index"]
-    if not (options.get("z_loss") or options.get("softcap")):
+    if hasattr(T, "linear_cross_entropy") and not (options.get("z_loss") or options.get("softcap")):  # torch 2.13
         plain = {name: x for name, x in options.items() if name not in ("z_loss", "softcap")}
         return T.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=weight, **plain)
     shape = linear_weight.shape[:-1]

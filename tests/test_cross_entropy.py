@@ -31,6 +31,7 @@ def only_where_it_serves(request):
 
 
 TARGET = torch.tensor([0, 3, -100, 6, 2])
+needs_torchs_own = pytest.mark.skipif(not hasattr(T, "linear_cross_entropy"), reason="torch has it since 2.13")
 
 
 def logits(rows=5, classes=7, dtype=torch.float32):
@@ -157,7 +158,7 @@ def test_class_probabilities_promote_dtypes_as_torch_does(dtype, target_dtype, w
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["cross_entropy", pytest.param("linear_cross_entropy", marks=needs_torchs_own)])
 def test_one_row_of_logits_takes_a_target_of_no_or_of_one_dimension(op, backend):
     arguments = (logits(1)[0],) if op == "cross_entropy" else (logits(1, 6)[0], logits(7, 6))
     for target in (torch.tensor(3), torch.tensor([3])):
@@ -499,6 +500,7 @@ def test_linear_cross_entropy_sums_its_chunks(classes, monkeypatch):
             assert_within_rule(other, one, one)
 
 
+@needs_torchs_own
 def test_linear_cross_entropy_sums_the_gradients_of_its_parameters_in_fp32(monkeypatch):
     from fastlm.ops.cross_entropy import kernels
 

@@ -555,6 +555,10 @@ PLAIN = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_what_our_kernels_do_not_serve_or_are_not_faster_at_is_torchs_own_to_the_bit(case, ran):
     tensors, options = PLAIN[case]
+    if case == "three dimensions":
+        torchs = T.scaled_dot_product_attention(*(x.clone().requires_grad_() for x in tensors))
+        if "Squeeze" in torchs.grad_fn.name():  # torch 2.15
+            pytest.skip("this torch makes them four, which our kernels serve")
     results = []
     for context in (contextlib.nullcontext(), fastlm.register_sdpa(cpu=True), contextlib.nullcontext()):
         torch.manual_seed(1)
