@@ -79,6 +79,8 @@ class Report:
             "forward. Before it was timed every side was held to the error rule against float64 (at most twice the"
         ]
         lines += ["error of eager PyTorch and 4 ulp): FastLM strictly, the others within ten times that."]
+        lines += ["Of the roof: how near FastLM comes to that copy or product, whichever bounds the case; what stays in a"]
+        lines += ["cache goes beyond it."]
         if any(result.wall for result in self.results):
             lines += [
                 "Times are the GPU's own, from a cold cache; a speed-up is the lesser of that time's and the wall's."
