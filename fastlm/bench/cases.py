@@ -6,6 +6,7 @@ As text, `attention:1x12x1024x64,causal` or `attention 1x12x1024x64 causal bf16`
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import re
@@ -566,14 +567,13 @@ def _varlen(case: Case, make: _Maker) -> Problem:
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Any:
         """PyTorch's own packed attention, which is for GPUs."""
-        from torch.nn.attention.varlen import varlen_attn
-
         sides = (window or -1, 0 if case.option("causal") else window or -1)
         return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=sides, enable_gqa=gqa > 1)
 
+    varlen_attn = _varlen_attn()
     beyond_flash = any(case.option(name) for name in ("alibi", "softcap", "dropout"))
     served = make.device.type == "cuda" and torch.cuda.get_device_capability(make.device) >= (8, 0)
-    use_flash = served and case.dtype.itemsize == 2 and not beyond_flash
+    use_flash = varlen_attn is not None and served and case.dtype.itemsize == 2 and not beyond_flash
     moved = 2 * inputs[0].nbytes + 2 * inputs[1].nbytes
     return Problem(
         case,
@@ -585,6 +585,15 @@ def _varlen(case: Case, make: _Maker) -> Problem:
         (14 if case.backward else 4) * heads * width * sum(scores.pairs(1) for scores in each),
         options | {"cu_seqlens": cu},
     )
+
+
+def _varlen_attn() -> Any:
+    """torch's function, None where this torch has none with windows and grouped queries."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 def _lengths(batch: int, longest: int, least: int, device: torch.device) -> Tensor:

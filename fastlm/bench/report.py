@@ -15,6 +15,11 @@ __all__ = ["EQUAL", "Report", "slow"]
 
 EQUAL = 0.97  # times as fast, from which on (and up to its inverse) nobody is called faster
 MEMORY_SHOWN = 2**20  # bytes; less says nothing
+READING = """\
+Milliseconds: median (p20 to p80) of alternating runs, forward and backward unless the case says forward. Before it was
+timed every side was held to the error rule against float64 (at most twice the error of eager PyTorch and 4 ulp):
+FastLM strictly, the others within ten times that. Of the roof: how near FastLM comes to that copy or product of
+matrices, whichever bounds the case; what stays in a cache goes beyond it."""
 BLUE, ORANGE, GREY = "#4c78a8", "#f58518", "#9d9d9d"
 
 
@@ -74,13 +79,7 @@ class Report:
         lines = [f"# FastLM on {self.device}", ""]
         lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in facts.items()]
         lines += [f"- measured here: {_peaks(self.environment['peaks'])}", ""]
-        lines += ["Milliseconds: median (p20 to p80) of alternating runs, forward and backward unless the case says"]
-        lines += [
-            "forward. Before it was timed every side was held to the error rule against float64 (at most twice the"
-        ]
-        lines += ["error of eager PyTorch and 4 ulp): FastLM strictly, the others within ten times that."]
-        lines += ["Of the roof: how near FastLM comes to that copy or product, whichever bounds the case; what stays in a"]
-        lines += ["cache goes beyond it."]
+        lines += [READING]
         if any(result.wall for result in self.results):
             lines += [
                 "Times are the GPU's own, from a cold cache; a speed-up is the lesser of that time's and the wall's."
