@@ -24,6 +24,7 @@ from fastlm.bench.check import judge
 from fastlm.bench.harness import Comparison, compare, copy_bandwidth, gemm_rate
 from fastlm.bench.peers import PEERS, Side
 from fastlm.info import processor_name, version_of
+from fastlm.ops import measured
 from fastlm.ops.registry import OPS
 
 __all__ = [
@@ -250,6 +251,9 @@ def environment(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str
         facts["gpu"] = f"compute capability {capability}, {properties.multi_processor_count} SMs, {memory}"
         facts["cuda"] = str(torch.version.cuda)
         facts |= _nvidia_smi(device.index or 0)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    own = measured.entries().get(measured.device_name(device, threads), {})
+    facts["fastlm tune"] = f"{sum(len(found) for dtypes in own.values() for found in dtypes.values())} measurements"
     for peer in PEERS:
         there = importlib.util.find_spec(peer.module) is not None
         facts[peer.name] = version_of(peer.name) if there else "not installed"
