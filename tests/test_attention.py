@@ -114,8 +114,12 @@ def test_any_rank_and_broadcasting_batch_dimensions_are_taken_as_in_torch(query,
         assert_within_rule(our, near, true)
 
 
+OLD = torch.__version__ < (2, 13)
+NO_HEADS = pytest.param(0, 0, 0, marks=pytest.mark.skipif(OLD, reason="torch 2.10 divides by their number and dies"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("heads", "key_heads", "value_heads"), [(4, 2, 2), (4, 1, 1), (4, 2, 4), (4, 4, 1), (0, 0, 0)])
+@pytest.mark.parametrize(("heads", "key_heads", "value_heads"), [(4, 2, 2), (4, 1, 1), (4, 2, 4), (4, 4, 1), NO_HEADS])
 def test_query_heads_in_groups_as_in_torch(heads, key_heads, value_heads, backend):
     shapes = ((2, heads, 5, 8), (2, key_heads, 7, 8), (2, value_heads, 7, 4))
     tensors = [normal(*shape, dtype=torch.float32) for shape in shapes]
