@@ -147,7 +147,9 @@ def builder() -> types.ModuleType:
     pytest.importorskip("pdoc")
     spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs/build.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # what it takes from the environment is other tests' too
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        spec.loader.exec_module(module)
     return module
 
 
