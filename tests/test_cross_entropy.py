@@ -540,3 +540,9 @@ def test_the_loss_of_anything_is_the_formula(rows, classes, smoothing, z_loss, s
         assert_within_rule(F.cross_entropy(x, target, ignore_index=-1, **options), exact, exact)
         eye = torch.eye(classes, dtype=torch.float64)
         assert_within_rule(F.linear_cross_entropy(x, eye, target, ignore_index=-1, **options), exact, exact)
+
+
+@pytest.mark.parametrize("option", ["z_loss", "softcap"])
+def test_an_option_of_several_numbers_is_refused_by_name(option):
+    with pytest.raises(TypeError, match=f"cross_entropy: {option} must be a number, got Tensor"):
+        F.cross_entropy(torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), **{option: torch.zeros(2)})

@@ -360,6 +360,23 @@ def test_a_backend_that_is_wrong_does_not_win(monkeypatch, what):
 
 
 @needs_cpu
+def test_where_torch_has_no_such_op_the_reference_says_what_is_right(monkeypatch):
+    record = registry.OPS["scaled_dot_product_attention"].backends["cpu"]
+
+    def fwd(*args):
+        output, lse = record.fwd(*args)
+        return output * 1.001, lse
+
+    fastlm.register_backend("scaled_dot_product_attention", dataclasses.replace(record, name="sound"))
+    fastlm.register_backend("scaled_dot_product_attention", dataclasses.replace(record, fwd=fwd))  # what "auto" takes
+    speeds(monkeypatch, cpu=1.0, sound=2.0)
+    q = torch.randn(1, 2, 16, 8)
+    winners, _ = tune(lambda: F.scaled_dot_product_attention(q, q, q, softcap=3.0))
+    assert winners[0].backend == "sound"
+    assert winners[0].rejected["cpu"].startswith("output 0: off by")
+
+
+@needs_cpu
 def test_calls_are_repeated_with_their_shapes_strides_and_values_that_matter(monkeypatch):
     target, mask = (
         torch.tensor([1, 4, -100]),

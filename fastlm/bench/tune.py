@@ -237,7 +237,7 @@ def _wrong(call: Call, name: str) -> str:
     oracle, given = ("reference" if unfit(x) else "native" for x in (call.inputs._make(wide), call.made()))
     upstream: list[Tensor] = []
     try:
-        torchs = _ran(call, given, call.made(), upstream)
+        torchs = use_backend(given)(_ran)(call, given, call.made(), upstream)
         exact = use_backend(oracle)(_ran)(call, oracle, call.inputs._make(wide), upstream)
         ours = use_backend(name)(_ran)(call, name, call.made(), upstream)
     except RuntimeError as failure:

@@ -416,6 +416,8 @@ def _is_torchs(
         and target.shape == input.shape[:1]
         and input.is_floating_point()
         and weight is None
+        and type(z_loss) is float
+        and type(softcap) is float
         and z_loss == softcap == 0.0
         and type(smoothing) is float
         and 0.0 <= smoothing <= 1.0
